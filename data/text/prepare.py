@@ -1,0 +1,89 @@
+"""Your own text: a file, or all files of a folder that match a pattern.
+
+    python data/text/prepare.py PATH [--glob "*.md"] [--val_every 20] [--vocab_size 4096] [--tokenizer bpe]
+                                     [--out data/<name of PATH>]
+
+Several files: each is a document, in order of path, and every val_every-th is validation.
+A single file: the last 1/val_every of it is validation, cut at the start of a line. Interleaved paragraphs
+would put each validation paragraph between two trained ones on its subject, and cut up the contexts of both.
+"""
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whatever the current folder
+
+from data.tokens import DataError, prepare
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("path", help="a text file in UTF-8, or a folder of them")
+    parser.add_argument("--glob", default="*.txt", help="which files of a folder and its subfolders")
+    parser.add_argument("--val_every", type=int, default=20, help="one file or part in so many is validation")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="size of the bpe tokenizer")
+    parser.add_argument("--tokenizer", default="bpe", help="bpe (trained here), gpt2 or bytes")
+    parser.add_argument("--out", help="folder for train.bin, val.bin and tokenizer.json")
+    c = parser.parse_args(argv)
+    path = Path(c.path).resolve()
+    if not path.exists():
+        raise DataError(f"{c.path}: no such file or folder; give a text file or a folder of text files")
+    if c.val_every < 2:
+        raise DataError(f"--val_every={c.val_every} must be at least 2 (one document in so many); raise it")
+    out = Path(c.out or Path(__file__).resolve().parents[1] / (path.stem if path.is_file() else path.name))
+    if not c.out and (out / "prepare.py").exists():
+        raise DataError(f"{out}: belongs to another dataset; choose a folder with --out")
+
+    docs, source = read_documents(path, c.glob)
+    train, val = split_files(docs, c.val_every) if len(docs) > 1 else split_text(docs[0], c.val_every)
+    prepare(train, val, out, source, c.tokenizer, c.vocab_size)
+
+
+def read_documents(path, glob):
+    """returns: the texts, and their source. Files that are empty or not UTF-8 are skipped and counted."""
+    paths = [path] if path.is_file() else sorted(p for p in path.rglob(glob) if p.is_file())
+    if not paths:
+        raise DataError(f"{path}: no file matches --glob={glob}; give another pattern, as in --glob='*.md'")
+    docs, empty, foreign, digest = [], 0, 0, hashlib.sha256()
+    for file in paths:
+        raw = file.read_bytes()
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError:
+            foreign += 1
+            continue
+        if text.strip():
+            docs.append(text)
+            digest.update(raw)
+        else:
+            empty += 1
+    skipped = f"{empty} empty and {foreign} not UTF-8"
+    if not docs:
+        raise DataError(f"{path}: no text found ({skipped}); give text in UTF-8")
+    if empty or foreign:
+        print(f"skipped {skipped} of {len(paths)} files")
+    files = f", {len(docs)} files" if path.is_dir() else ""
+    return docs, f"{path.name}{files}, sha256 {digest.hexdigest()}"
+
+
+def split_files(docs, val_every):
+    """returns: the training documents and the validation documents, one in val_every, spread evenly"""
+    if len(docs) < val_every:
+        raise DataError(f"--val_every={val_every} must be at most {len(docs)}, the number of files; lower it")
+    return ([doc for i, doc in enumerate(docs) if i % val_every != val_every // 2],
+            [doc for i, doc in enumerate(docs) if i % val_every == val_every // 2])
+
+
+def split_text(text, val_every):
+    """returns: [the text up to the start of a line], [the last 1/val_every of it]"""
+    middle = len(text) - len(text) // val_every
+    cut = text.rfind("\n", 0, middle) + 1 or middle
+    return [text[:cut]], [text[cut:]]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,332 @@
+"""Token files and tokenizers: everything between text and the ids a model is trained on.
+
+A prepared dataset is a folder with train.bin, val.bin and tokenizer.json.
+
+A .bin file is a header of 1024 bytes (256 int32), then the ids, little-endian:
+
+    bytes 0-7      magic  b"NVFP4BIN"
+    bytes 8-11     layout version, int32
+    bytes 12-1023  the fields of Header as UTF-8 JSON, padded with zero bytes
+
+tokenizer.json holds the tokenizer's name and, for our own BPE, the split pattern, the special tokens and the
+bytes of each token in base64, in the order of the ids. That name ends in a digest of pattern and tokens, and
+every .bin file repeats it: ids cannot be read beside the tokenizer of another run.
+
+Each document begins with <|endoftext|>, which separates documents and opens a sample. Plain bytes ("bytes",
+for tests) have no such token; there the documents follow each other directly.
+"""
+import base64
+import hashlib
+import heapq
+import json
+import os
+import shlex
+import time
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import regex
+import tiktoken
+
+MAGIC = b"NVFP4BIN"
+VERSION = 1
+HEADER_BYTES = 1024
+SCAN_TOKENS = 100_000_000  # so many ids are checked against the vocabulary on reading: usually all
+MIN_SPLIT_BYTES = 1000     # less text than this in a split is a mistake, not a dataset
+MAX_WORD_BYTES = 64        # the BPE trainer cuts longer words (rules, base64): its time is quadratic in them
+ENDOFTEXT = "<|endoftext|>"
+# GPT-2's split: contractions; letters, digits, other signs, each with one leading space; white space. Runs of
+# it end at 64, because tiktoken's regex engine overflows its stack when it looks back through a million.
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s{1,64}(?!\S)|\s"
+# The name under which tiktoken caches r50k_base.tiktoken (GPT-2's ids), and the sha256 it demands of it.
+GPT2_CACHE_NAME = "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"
+GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+
+
+class DataError(ValueError):
+    """A mistake in data or options that the user can mend: one line, to be printed without a traceback."""
+
+
+# ---- token files -------------------------------------------------------------------------------------------
+
+@dataclass
+class Header:
+    dtype: str       # of the ids: uint16 for a vocabulary of up to 65536 tokens, else uint32
+    n_tokens: int
+    vocab_size: int
+    n_bytes: int     # UTF-8 bytes of text behind the tokens; <|endoftext|> counts as none
+    tokenizer: str   # "gpt2", "bytes" or "bpe<vocab_size>-<digest>"
+    source: str      # where the text came from, with its version and sha256
+
+    @property
+    def bytes_per_token(self):
+        """bits per byte = loss in nats / ln 2 / bytes_per_token"""
+        return self.n_bytes / self.n_tokens
+
+
+def write_tokens(path, ids, vocab_size, tokenizer, source, n_bytes):
+    """ids (n,): any integers; n_bytes: of text behind them. returns: the Header. raises: DataError."""
+    ids = np.asarray(ids)
+    if ids.size == 0:
+        raise DataError(f"{path}: there are no tokens to write; give more text")
+    for extreme in (ids.min(), ids.max()):
+        if not 0 <= extreme < vocab_size:
+            raise DataError(f"{path}: id {extreme} is outside vocab_size={vocab_size}; raise vocab_size")
+    dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+    header = Header(dtype, ids.size, int(vocab_size), int(n_bytes), tokenizer, source)
+    head = MAGIC + VERSION.to_bytes(4, "little") + json.dumps(asdict(header), ensure_ascii=False).encode()
+    if len(head) > HEADER_BYTES:
+        raise DataError(f"{path}: source={source[:40]!r}... does not fit {HEADER_BYTES} bytes; shorten it")
+    _replace(path, head.ljust(HEADER_BYTES, b"\0"), ids.astype(_little_endian(dtype)).data)
+    return header
+
+
+def read_tokens(path):
+    """returns: ids (n_tokens,) as a read-only memmap, and their Header. raises: DataError."""
+    path = Path(path)
+
+    def error(what):
+        return DataError(f"{path}: {what}; run: {_prepare_command(path.parent)}")
+
+    if not path.is_file():
+        raise error("no such file" if path.parent.is_dir() else "no such folder")
+    with open(path, "rb") as file:
+        head = file.read(HEADER_BYTES)
+    if not head:
+        raise error("the file is empty")
+    if not head.startswith(MAGIC):
+        raise error(f"not a token file (begins with {head[:8]!r}, not {MAGIC!r})")
+    version = int.from_bytes(head[8:12], "little")
+    if version != VERSION:
+        raise error(f"its layout is version {version}, this code reads version {VERSION}")
+    try:
+        header = Header(**json.loads(head[12:].rstrip(b"\0")))
+        sound = all(type(getattr(header, field.name)) is field.type for field in fields(Header))
+    except (ValueError, TypeError):
+        sound = False
+    if not sound:
+        raise error("its header is damaged")
+    if header.dtype not in ("uint16", "uint32"):
+        raise error(f"its dtype {header.dtype!r} is unknown (uint16 or uint32)")
+    dtype = _little_endian(header.dtype)
+    expected, size = HEADER_BYTES + header.n_tokens * dtype.itemsize, path.stat().st_size
+    if size != expected or header.n_tokens < 1:
+        raise error(f"{size} bytes long, but {header.n_tokens} tokens of {header.dtype} take {expected}")
+    ids = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES)
+    largest = ids[:SCAN_TOKENS].max()
+    if largest >= header.vocab_size:
+        raise error(f"holds id {largest}, not below vocab_size={header.vocab_size}")
+    if (path.parent / "tokenizer.json").exists():
+        name = _read_tokenizer_file(path.parent)["name"]
+        if name != header.tokenizer:
+            raise error(f"its ids are of {header.tokenizer}, but the tokenizer.json beside it is {name}")
+    return ids, header
+
+
+def _little_endian(dtype):
+    return np.dtype(dtype).newbyteorder("<")
+
+
+def _prepare_command(folder):
+    script = Path(folder, "prepare.py")
+    if script.exists():
+        return f"python {shlex.quote(str(script))}"
+    return f"python data/text/prepare.py PATH --out {shlex.quote(str(folder))}"
+
+
+def _replace(path, *parts):
+    """Write beside path, then rename: an interruption leaves the old file whole."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- byte-level BPE ----------------------------------------------------------------------------------------
+
+def train_bpe(docs, vocab_size):
+    """docs: a text or a list of texts. vocab_size: counts the 256 bytes and <|endoftext|>.
+
+    value: again and again, the next token is the byte string that neighbouring tokens of a word spell most
+        often; of equals, the smallest. Ends early when no string is spelled twice. Strings may be counted in
+        place of pairs: between two boundaries nothing outside matters, so "abc" is spelled "ab" + "c"
+        everywhere or "a" + "bc" everywhere, and cannot become two tokens.
+    returns: ranks {bytes of a token: its id}; <|endoftext|> is not among them, its id is len(ranks)
+    source: arXiv 1508.07909, section 3.2, on bytes instead of characters
+    """
+    if vocab_size < 257:
+        raise DataError(f"--vocab_size={vocab_size} must be 257 or more (bytes and {ENDOFTEXT}); raise it")
+    whole, distinct = Counter(), Counter()
+    for doc in [docs] if isinstance(docs, str) else docs:
+        whole.update(regex.findall(SPLIT, doc))
+    for word, count in whole.items():
+        raw = word.encode()
+        for start in range(0, len(raw), MAX_WORD_BYTES):
+            distinct[raw[start:start + MAX_WORD_BYTES]] += count
+    words = [[bytes([byte]) for byte in raw] for raw in distinct]  # as lists of their tokens
+    counts = list(distinct.values())
+
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    spelled = Counter()       # string: how often two neighbours spell it
+    where = defaultdict(set)  # string: indices of the words that spell it, or once did
+    for index, word in enumerate(words):
+        for string in _spell(word):
+            spelled[string] += counts[index]
+            where[string].add(index)
+    heap = [(-count, string) for string, count in spelled.items()]
+    heapq.heapify(heap)
+    while heap and len(ranks) < vocab_size - 1:
+        count, best = heapq.heappop(heap)
+        if -count != spelled[best]:  # outdated: each change of a count pushes an entry of its own
+            continue
+        if -count < 2:
+            break
+        ranks[best] = len(ranks)
+        changes = Counter()
+        for index in where.pop(best):
+            for string in _spell(words[index]):
+                changes[string] -= counts[index]
+            _merge(words[index], best)
+            for string in _spell(words[index]):
+                changes[string] += counts[index]
+                where[string].add(index)
+        for string, change in changes.items():
+            if change:
+                spelled[string] += change
+                heapq.heappush(heap, (-spelled[string], string))
+    return ranks
+
+
+def _spell(word):
+    return [left + right for left, right in zip(word, word[1:], strict=False)]
+
+
+def _merge(word, string):
+    """Join, in place and from the left, the neighbours that spell string."""
+    at = 0
+    while at < len(word) - 1:
+        if word[at] + word[at + 1] == string:
+            word[at:at + 2] = [string]
+        at += 1
+
+
+# ---- tokenizers --------------------------------------------------------------------------------------------
+
+def bpe_encoding(ranks, pattern=SPLIT):
+    """ranks from train_bpe -> tiktoken.Encoding"""
+    return tiktoken.Encoding(_bpe_name(ranks, pattern), pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={ENDOFTEXT: len(ranks)})
+
+
+def _bpe_name(ranks, pattern):
+    digest = hashlib.sha256(repr((pattern, sorted(ranks, key=ranks.get))).encode()).hexdigest()
+    return f"bpe{len(ranks) + 1}-{digest[:12]}"
+
+
+def save_tokenizer(folder, name, ranks=None):
+    """name: "gpt2", "bytes", or that of bpe_encoding(ranks), with those ranks"""
+    saved = {"name": name}
+    if ranks is not None:
+        tokens = [base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.get)]
+        saved |= {"pattern": SPLIT, "special_tokens": {ENDOFTEXT: len(ranks)}, "tokens": tokens}
+    _replace(Path(folder, "tokenizer.json"), json.dumps(saved).encode())
+
+
+def load_tokenizer(folder_or_name):
+    """"gpt2", "bytes" or a prepared folder -> tiktoken.Encoding. Downloads nothing. raises: DataError."""
+    if folder_or_name == "bytes":
+        return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", special_tokens={},
+                                 mergeable_ranks={bytes([byte]): byte for byte in range(256)})
+    if folder_or_name == "gpt2":
+        return _load_gpt2()
+    saved = _read_tokenizer_file(folder_or_name)
+    if saved["name"] in ("bytes", "gpt2"):
+        return load_tokenizer(saved["name"])
+    try:
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
+        name = _bpe_name(ranks, saved["pattern"])
+    except (KeyError, TypeError, ValueError):
+        name = None
+    if name != saved["name"]:
+        raise DataError(f"{Path(folder_or_name, 'tokenizer.json')}: damaged (its tokens are not those of "
+                        f"{saved['name']}); run: {_prepare_command(folder_or_name)}")
+    return bpe_encoding(ranks, saved["pattern"])
+
+
+def _read_tokenizer_file(folder):
+    path = Path(folder, "tokenizer.json")
+    try:
+        saved = json.loads(path.read_bytes())
+        saved["name"]
+        return saved
+    except OSError as error:
+        what = error.strerror.lower()
+    except (ValueError, KeyError, TypeError):
+        what = "damaged"
+    raise DataError(f"{path}: {what}; run: {_prepare_command(folder)}")
+
+
+def _load_gpt2():
+    # tiktoken deletes a file with another hash, then downloads without a time-out: so look before it does.
+    path = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or os.devnull, GPT2_CACHE_NAME)
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != GPT2_SHA256:
+        raise DataError(f"--tokenizer=gpt2 needs r50k_base.tiktoken (sha256 {GPT2_SHA256[:12]}...) named "
+                        f"{GPT2_CACHE_NAME} in the folder TIKTOKEN_CACHE_DIR; put it there (the same file "
+                        "is whisper/assets/gpt2.tiktoken in openai-whisper) or take --tokenizer=bpe")
+    return tiktoken.get_encoding("r50k_base")
+
+
+# ---- preparing a dataset -----------------------------------------------------------------------------------
+
+def prepare(train_docs, val_docs, out_dir, source, tokenizer="bpe", vocab_size=4096):
+    """Write train.bin, val.bin and tokenizer.json into out_dir. The tokenizer sees the training split only.
+
+    train_docs, val_docs: lists of texts. tokenizer: "bpe", "gpt2" or "bytes". vocab_size: of "bpe" only.
+    raises: DataError, before anything is written
+    """
+    started = time.time()
+    splits = {"train": train_docs, "val": val_docs}
+    n_bytes = {split: sum(len(doc.encode()) for doc in docs) for split, docs in splits.items()}
+    for split, size in n_bytes.items():
+        if size < MIN_SPLIT_BYTES:
+            raise DataError(f"{out_dir}: too little text, {size} bytes for {split}.bin which needs at least "
+                            f"{MIN_SPLIT_BYTES}; give more text or another split")
+    ranks = None
+    if tokenizer == "bpe":
+        ranks = train_bpe(train_docs, vocab_size)
+        encoding = bpe_encoding(ranks)
+        fewer = f" (not {vocab_size}: nothing else repeats)" if encoding.n_vocab < vocab_size else ""
+        print(f"bpe: {encoding.n_vocab} tokens{fewer} from {n_bytes['train']:,} bytes of training text")
+    elif tokenizer in ("gpt2", "bytes"):
+        encoding = load_tokenizer(tokenizer)
+    else:
+        raise DataError(f"--tokenizer={tokenizer} is unknown; choose bpe, gpt2 or bytes")
+    name = encoding.name if tokenizer == "bpe" else tokenizer
+    ids = {split: _encode(docs, encoding) for split, docs in splits.items()}
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    save_tokenizer(out_dir, name, ranks)
+    for split, docs in splits.items():
+        path = Path(out_dir, f"{split}.bin")
+        header = write_tokens(path, ids[split], encoding.n_vocab, name, source, n_bytes[split])
+        print(f"{path}: {header.n_tokens:,} tokens of {name} from {len(docs):,} documents "
+              f"of {header.n_bytes:,} bytes, {header.bytes_per_token:.3f} bytes/token")
+    print(f"source: {source} | {time.time() - started:.1f} s")
+
+
+def _encode(docs, encoding):
+    """returns: ids (n,) uint32, each document begun by <|endoftext|> where the tokenizer has it"""
+    begin = [encoding.eot_token] if ENDOFTEXT in encoding.special_tokens_set else []
+    parts = []
+    for start in range(0, len(docs), 64):  # in batches, because a list of Python ints takes 36 bytes a token
+        for ids in encoding.encode_ordinary_batch(docs[start:start + 64]):
+            parts.append(np.array(begin + ids, np.uint32))
+    return np.concatenate(parts)

