@@ -1,0 +1,205 @@
+"""Reference NVFP4 in plain numpy, written from the numerics contract alone, as an oracle for the tests.
+
+Rounding is a nearest-neighbour search in a table of every representable value, in float64. Arithmetic is in
+float32 wherever the contract rounds to fp32. No code is shared with the implementation under test.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+F32 = np.float32
+FLT_MAX = np.finfo(F32).max
+GROUP = 16  # elements of a row that share a scale column, a Philox call and a Hadamard transform
+NAN_BYTE = 0x7F
+SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+MASK32, MASK64 = 2**32 - 1, 2**64 - 1
+
+
+def float_table(last_code, man_bits, bias):
+    """Values of the codes 0..last_code of a small unsigned float with subnormals, in float64."""
+    code = np.arange(last_code + 1)
+    exponent, fraction = code >> man_bits, code & (2**man_bits - 1)
+    significand = np.where(exponent == 0, fraction, fraction + 2**man_bits).astype(np.float64)
+    return np.ldexp(significand, np.maximum(exponent, 1) - bias - man_bits)
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+E4M3 = float_table(0x7E, man_bits=3, bias=7)  # ends at 448
+BF16 = float_table(0x7F80, man_bits=7, bias=127)  # ends at 2**128, which stands for infinity
+
+
+def neighbours(a, table):
+    """Code lo with table[lo] <= a < table[lo + 1], and code lo + 1; the last interval for larger a."""
+    lo = np.clip(np.searchsorted(table, a, side="right") - 1, 0, len(table) - 2)
+    return lo, lo + 1
+
+
+def nearest(a, table):
+    """Code of the table value nearest to a >= 0 (saturating), ties to the even code; any code for NaN."""
+    a = np.asarray(a, np.float64)
+    lo, hi = neighbours(a, table)
+    below, above = a - table[lo], table[hi] - a
+    return np.where((above < below) | ((above == below) & (hi % 2 == 0)), hi, lo)
+
+
+def to_bf16(x):
+    """Float32 array rounded to bf16 (nearest even), returned as float32."""
+    x = np.asarray(x, F32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        magnitude = BF16[nearest(np.abs(x), BF16)].astype(F32)
+    return np.where(np.isnan(x), x, np.copysign(magnitude, x))
+
+
+def e4m3_bytes(v):
+    """Float8 e4m3fn bytes of v >= 0, saturating at 448; NaN gives 0x7F."""
+    return np.where(np.isnan(v), NAN_BYTE, nearest(v, E4M3)).astype(np.uint8)
+
+
+def decode_e4m3(scale_bytes):
+    """Float32 values of non-negative e4m3fn bytes."""
+    return np.append(E4M3, np.nan).astype(F32)[scale_bytes]
+
+
+def philox(counter, key):
+    """Philox4x32-10: four counter words (ints or arrays) and two key words to four uint64 arrays < 2**32."""
+    c0, c1, c2, c3 = (np.asarray(word, np.uint64) for word in counter)
+    k0, k1 = key
+    mask, half = np.uint64(MASK32), np.uint64(32)
+    for _ in range(10):
+        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (
+            (p1 >> half) ^ c1 ^ np.uint64(k0),
+            p1 & mask,
+            (p0 >> half) ^ c3 ^ np.uint64(k1),
+            p0 & mask,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return c0, c1, c2, c3
+
+
+def split64(n):
+    """Low and high 32-bit words of an integer mod 2**64."""
+    n = int(n) & MASK64
+    return n & MASK32, n >> 32
+
+
+def random_bytes(rows, cols, key):
+    """The (rows, cols) uint8 of stochastic rounding: one Philox call for each 16 elements of a row."""
+    b = np.arange(rows * cols // GROUP, dtype=np.uint64)
+    words = np.stack(philox((b & np.uint64(MASK32), b >> np.uint64(32), 0, 0), split64(key)), axis=-1)
+    j = np.arange(GROUP)
+    chosen = words[:, j // 4] >> (8 * (j % 4)).astype(np.uint64)
+    return (chosen & np.uint64(255)).astype(np.uint8).reshape(rows, cols)
+
+
+def stream_key(seed, step, micro_batch, layer, operand):
+    """64-bit key of one operand's noise."""
+    counter = [int(n) & MASK32 for n in (step, micro_batch, layer, operand)]
+    w0, w1, _, _ = philox(counter, split64(seed))
+    return int(w0) | (int(w1) << 32)
+
+
+def pack(codes):
+    """(M, K) codes 0..15 to (M, K/2) bytes, the even column in the low nibble."""
+    return (codes[:, 0::2] | (codes[:, 1::2] << 4)).astype(np.uint8)
+
+
+def unpack(packed):
+    """(M, K/2) bytes to (M, K) codes 0..15."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(packed.shape[0], -1)
+
+
+class Quantized(NamedTuple):
+    codes: np.ndarray  # (M, K/2) uint8
+    scales: np.ndarray  # (M/block[0], K/16) uint8, e4m3fn bytes
+    amax: np.float32  # NaN if any input was not finite and no amax was given
+    s_dec: np.float32
+    block: tuple
+    saturated: int  # finite blocks whose scale was above 448 before the cap
+
+
+def expand(per_block, block):
+    """Repeat each block's number over the block's elements."""
+    return np.repeat(np.repeat(per_block, block[0], axis=0), block[1], axis=1)
+
+
+def tensor_scales(amax, target=6.0):
+    """(s_enc, s_dec) in fp32; both NaN for an amax that is not finite."""
+    amax = F32(amax)
+    if not np.isfinite(amax):
+        return F32(np.nan), F32(np.nan)
+    with np.errstate(divide="ignore", over="ignore"):
+        s_enc = np.minimum(F32(448 * target) / amax, FLT_MAX)
+    if amax == 0 or s_enc == 0:
+        s_enc = F32(1)
+    return s_enc, F32(1) / s_enc
+
+
+def round_stochastic(a, byte):
+    """E2M1 code of 0 <= a <= 6: up iff floor(256 * position in the interval) + byte >= 256."""
+    lo, hi = neighbours(a, E2M1)
+    position = np.floor(256 * (a - E2M1[lo]) / (E2M1[hi] - E2M1[lo]))  # exact; 256 at a = 6, always up
+    return np.where(position + byte >= 256, hi, lo)
+
+
+def quantize(x, block=(1, 16), stochastic=False, key=0, amax=None, target=6.0):
+    """Quantize a float32 (M, K) array; amax=None takes the maximum of |x|."""
+    x = np.asarray(x)
+    assert x.dtype == F32 and x.ndim == 2 and block in ((1, 16), (16, 16))
+    rows, cols = x.shape
+    assert rows % block[0] == 0 and cols % block[1] == 0
+    magnitude = np.abs(x)
+    if amax is None:
+        amax = magnitude.max() if np.isfinite(x).all() else np.nan
+    amax = F32(amax)
+    s_enc, s_dec = tensor_scales(amax, target)
+
+    tiles = magnitude.reshape(rows // block[0], block[0], cols // block[1], block[1])
+    amax_block = tiles.max(axis=(1, 3))
+    finite = np.isfinite(amax_block)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        wanted = amax_block * (s_enc * F32(1 / target))
+        scales = np.where(finite, e4m3_bytes(np.minimum(wanted, F32(448))), NAN_BYTE).astype(np.uint8)
+        inverse = np.minimum(F32(1) / (decode_e4m3(scales) * s_dec), FLT_MAX)
+        a = np.minimum(magnitude * expand(inverse, block), F32(6))
+    assert wanted.dtype == inverse.dtype == a.dtype == F32
+
+    a = np.where(np.isnan(a), 0, a).astype(np.float64)  # codes of NaN blocks are unspecified
+    code = round_stochastic(a, random_bytes(rows, cols, key)) if stochastic else nearest(a, E2M1)
+    code = (code + 8 * np.signbit(x)).astype(np.uint8)
+    return Quantized(pack(code), scales, amax, s_dec, block, int(((wanted > 448) & finite).sum()))
+
+
+def dequantize(q, tensor_scale=True):
+    """Float32 (M, K) values; tensor_scale=False leaves s_dec out, and then the product is exact."""
+    codes = unpack(q.codes)
+    signed = np.concatenate([E2M1, -E2M1]).astype(F32)
+    value = signed[codes] * expand(decode_e4m3(q.scales), q.block)
+    return value * q.s_dec if tensor_scale else value
+
+
+def hadamard_matrix():
+    """Natural-order 16 x 16 Hadamard matrix of +-1, not normalised."""
+    index = range(GROUP)
+    return np.array([[(-1.0) ** (i & j).bit_count() for j in index] for i in index])
+
+
+def hadamard(x, signs=SIGNS, bf16=False):
+    """(x * signs) @ H16 / 4 in groups of 16 of the last axis, by fp32 butterflies; then to bf16 if asked."""
+    x = np.asarray(x)
+    assert x.dtype == F32 and x.shape[-1] % GROUP == 0
+    y = x.reshape(-1, GROUP) * np.asarray(signs, F32)
+    for stride in (1, 2, 4, 8):
+        low = np.array([i for i in range(GROUP) if not i & stride])
+        u, v = y[:, low], y[:, low + stride]
+        y = np.empty_like(y)
+        with np.errstate(over="ignore", invalid="ignore"):
+            y[:, low], y[:, low + stride] = u + v, u - v
+    y = (y * F32(0.25)).reshape(x.shape)
+    return to_bf16(y) if bf16 else y
+
+
+def gemm(a, b, alpha=1.0):
+    """alpha * a (M, K) @ b (N, K)^T in float64, from values without their tensor scales."""
+    return float(alpha) * (np.asarray(a, np.float64) @ np.asarray(b, np.float64).T)
