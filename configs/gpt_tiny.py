@@ -1,0 +1,18 @@
+# python train.py configs/gpt_tiny.py
+# The standard transformer beside configs/ngpt_tiny.py: same size, data and length, NVIDIA's NVFP4 recipe.
+arch = "gpt"
+recipe = "nvfp4"
+n_layer = 4
+n_embd = 256
+n_head = 4
+n_ffn = 768
+block_size = 256
+vocab_size = 4096
+
+batch_size = 16
+max_steps = 400
+learning_rate = 4e-3
+warmup_steps = 40
+weight_decay = 0.1
+eval_interval = 100
+eval_iters = 8

@@ -1,0 +1,396 @@
+"""GPT and nGPT: one residual stream, a pattern of mixers over it, and two rules for adding to it.
+
+A pattern names the mixers in order: "*" attention, "-" MLP; "*-*-" is a transformer of two layers. A rule
+says how a mixer's output joins the stream: pre-norm (GPT), h + f(rmsnorm(h)), or the step on the hypersphere
+(nGPT), where the stream has norm 1 and so has every row that enters a linear layer. GPT stands first and is
+complete without nGPT; nGPT replaces the mixers, the rule and the head by normalized ones. Nothing here knows
+of 4 bits.
+
+Letters
+    B T C    batch, time (tokens), channels of the residual stream (n_embd)
+    H G D    query heads, key/value heads (n_kv_head), channels of a head (head_dim)
+    F V      hidden channels of the MLP (n_ffn), vocabulary
+    unit(x)  x / ||x|| along the last axis: Norm in the papers
+
+Sources: 2410.01131 (nGPT), 2605.06067 appendix A (nGPT with normalized GEMM inputs: what makes it natively
+4-bit).
+
+    python model.py configs/ngpt_1b.py                 describe a model: parameters, FLOPs, memory, layers
+    python model.py out/ngpt_tiny "The state of"       sample from a run
+"""
+import math
+import sys
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    arch: Literal["gpt", "ngpt"] = "ngpt"           # gpt: pre-norm transformer; ngpt: normalized transformer
+    n_layer: int = 4                               # transformer layers, each "*-", where pattern does not say
+    pattern: str | None = None                  # mixers in order, * attention and - MLP; None: "*-" * n_layer
+    n_embd: int = 256                               # channels of the residual stream
+    n_head: int = 4                                 # query heads
+    n_kv_head: int | None = None                    # key/value heads (GQA); None: n_head
+    head_dim: int | None = None                     # channels of a head; None: n_embd / n_head
+    n_ffn: int | None = None                        # hidden channels of the MLP; None: 4 * n_embd
+    activation: Literal["relu2", "swiglu"] = "relu2"  # relu2: relu(x)^2; swiglu: u * silu(v)
+    block_size: int = 256                           # tokens of context
+    vocab_size: int | None = None                   # None: that of the dataset
+    rope_base: float = 10000.0                      # base of the rotary positions; 0: no positions
+    init_std: float | None = None                   # of weights; None: 0.02 (gpt) or 1/sqrt(n_embd) (ngpt)
+    normalize_inputs: bool = True                  # ngpt: unit-norm inputs for the output projections as well
+
+    def resolve(self):
+        """The same config with every None that depends on other fields filled in; checks that the sizes
+        fit."""
+        if not self.vocab_size:
+            raise ValueError("vocab_size=None must be a number to build a model; set it")
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}; or set "
+                             "head_dim")
+        c = replace(self,
+                    pattern=self.pattern or "*-" * self.n_layer,
+                    n_kv_head=self.n_kv_head or self.n_head,
+                    head_dim=self.head_dim or self.n_embd // self.n_head,
+                    n_ffn=self.n_ffn or 4 * self.n_embd,
+                    init_std=self.init_std or (0.02 if self.arch == "gpt" else self.n_embd**-0.5))
+        if set(c.pattern) - set("*-"):
+            raise ValueError(f"pattern={c.pattern} must consist of * (attention) and - (MLP)")
+        if c.n_head % c.n_kv_head:
+            raise ValueError(f"n_head={c.n_head} must be a multiple of n_kv_head={c.n_kv_head}")
+        if c.head_dim % 2 and c.rope_base:
+            raise ValueError(f"head_dim={c.head_dim} must be even for rotary positions; or set rope_base=0")
+        return c
+
+
+# ---------------------------------------------------------------- small pieces
+
+def unit(x):
+    """x / ||x|| along the last axis, computed in fp32; a zero vector stays zero."""
+    return F.normalize(x.float(), dim=-1, eps=1e-6).to(x.dtype)
+
+
+def rope_tables(T, D, base, device):
+    """cos and sin of position * base^(-2i/D): each (T, D/2) fp32."""
+    frequency = base ** (-torch.arange(0, D, 2, device=device).float() / D)
+    angle = torch.arange(T, device=device).float()[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rope(x, cos, sin):
+    """Rotate the pairs (x_i, x_{i + D/2}) by their position's angle. x (B, H, T, D) -> the same, norm
+    unchanged."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+class Scale(nn.Module):
+    """A learned vector that starts at init, but is stored as stored: weight * (init / stored).
+
+    Adam moves every parameter by about the learning rate a step, whatever its size, so a small stored value
+    makes the vector learn faster, by init / stored. source: 2410.01131 section 2.5
+    """
+
+    def __init__(self, n, init, stored):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((n,), float(stored)))
+        self.gain = init / stored
+
+    def forward(self):
+        return self.weight * self.gain
+
+
+# ---------------------------------------------------------------- GPT
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads and rotary positions."""
+    reads, writes = ("qkv",), ("out",)         # linear layers that read from and write to the residual stream
+
+    def __init__(self, c):
+        super().__init__()
+        self.H, self.G, self.D, self.rope_base = c.n_head, c.n_kv_head, c.head_dim, c.rope_base
+        self.qkv = nn.Linear(c.n_embd, (self.H + 2 * self.G) * self.D, bias=False)
+        self.out = nn.Linear(self.H * self.D, c.n_embd, bias=False)
+
+    def heads(self, x):
+        """x (B, T, C) -> q (B, H, T, D), k and v (B, G, T, D), positions in q and k."""
+        B, T, _ = x.size()
+        q, k, v = self.qkv(x).view(B, T, -1, self.D).transpose(1, 2).split([self.H, self.G, self.G], 1)
+        if self.rope_base:
+            cos, sin = rope_tables(T, self.D, self.rope_base, x.device)
+            q, k = rope(q, cos, sin), rope(k, cos, sin)
+        return q, k, v
+
+    def mix(self, q, k, v):
+        """softmax(q k^T / sqrt(D)) v, heads side by side: (B, T, H D)."""
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.H != self.G)
+        return y.transpose(1, 2).flatten(2)
+
+    def forward(self, x):
+        return self.out(self.mix(*self.heads(x)))
+
+
+class MLP(nn.Module):
+    """Two linear layers around relu(x)^2, or SwiGLU's three (the first two as one) around u * silu(v)."""
+    reads, writes = ("fc1",), ("fc2",)
+
+    def __init__(self, c):
+        super().__init__()
+        self.swiglu = c.activation == "swiglu"
+        self.fc1 = nn.Linear(c.n_embd, c.n_ffn * (2 if self.swiglu else 1), bias=False)
+        self.fc2 = nn.Linear(c.n_ffn, c.n_embd, bias=False)
+
+    def activate(self, hidden):
+        """(B, T, F or 2F) -> (B, T, F)."""
+        if self.swiglu:
+            u, v = hidden.chunk(2, -1)
+            return u * F.silu(v)
+        return F.relu(hidden).square()
+
+    def forward(self, x):
+        return self.fc2(self.activate(self.fc1(x)))
+
+
+class PreNormBlock(nn.Module):
+    """h <- h + f(rmsnorm(h))"""
+
+    def __init__(self, c, mixer):
+        super().__init__()
+        self.norm = nn.RMSNorm(c.n_embd, eps=1e-5)
+        self.mixer = mixer
+
+    def forward(self, h):
+        return h + self.mixer(self.norm(h))
+
+
+class GPT(nn.Module):
+    """The standard transformer: pre-norm residual blocks, RMSNorm, untied embedding and head, no biases.
+
+    forward idx (B, T) int64 -> logits (B, T, V) or, with targets (B, T), the mean cross-entropy in nats, ()
+    fp32
+    """
+    mixers = {"*": Attention, "-": MLP}
+    block = PreNormBlock
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config.resolve()
+        self.embed = nn.Embedding(c.vocab_size, c.n_embd)
+        self.blocks = nn.ModuleList(self.block(c, self.mixers[symbol](c)) for symbol in c.pattern)
+        self.norm = nn.RMSNorm(c.n_embd, eps=1e-5)
+        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """Gaussian; smaller where a block writes to the stream, so that its variance does not grow with
+        depth."""
+        c = self.config
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=c.init_std)
+        for block in self.blocks:
+            for name in block.mixer.writes:
+                nn.init.normal_(getattr(block.mixer, name).weight, std=c.init_std / math.sqrt(len(c.pattern)))
+
+    def logits(self, h):
+        return self.head(self.norm(h))
+
+    def loss(self, h, targets):
+        return F.cross_entropy(self.logits(h).float().flatten(0, 1), targets.flatten())
+
+    def forward(self, idx, targets=None):
+        if idx.size(1) > self.config.block_size:
+            raise ValueError(f"{idx.size(1)} tokens must fit block_size={self.config.block_size}; crop them")
+        h = self.embed(idx)                         # (B, T, C)
+        for block in self.blocks:
+            h = block(h)
+        return self.logits(h) if targets is None else self.loss(h, targets)
+
+    def normalize_(self):
+        """Called after every optimizer step: a standard transformer has nothing to normalize."""
+
+
+# ---------------------------------------------------------------- nGPT
+
+class NormalizedAttention(Attention):
+    """Attention between unit vectors: softmax(sqrt(D) (s q)(s k)^T) v, and a unit vector into the
+    out-projection.
+
+    s is learned, one per query channel, and both its factors are put on q; mix() divides by sqrt(D), so q
+    gets D. source: 2605.06067 appendix A
+    """
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.normalize_inputs = c.normalize_inputs
+        self.s_qk = Scale(self.H * self.D, init=1.0, stored=c.init_std)
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        s = self.s_qk().view(self.H, 1, self.D)
+        y = self.mix((unit(q) * (s * s * self.D)).to(q.dtype), unit(k), v)
+        return self.out(unit(y) if self.normalize_inputs else y)
+
+
+class NormalizedMLP(MLP):
+    """The hidden is rescaled by s_u sqrt(C), since a product of unit vectors is about 1/sqrt(C), and made a
+    unit vector before fc2. In SwiGLU u gets s_u and v, inside the silu, s_v sqrt(C). source: 2605.06067
+    appendix A
+    """
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.normalize_inputs = c.normalize_inputs
+        self.s_u = Scale(c.n_ffn, init=1.0, stored=1.0)
+        self.s_v = Scale(c.n_ffn, init=1.0, stored=1.0) if self.swiglu else None
+        self.root = math.sqrt(c.n_embd)
+
+    def forward(self, x):
+        hidden = self.fc1(x)
+        if self.swiglu:
+            scale = torch.cat([self.s_u(), self.s_v() * self.root])
+        else:
+            scale = self.s_u() * self.root
+        hidden = self.activate((hidden * scale).to(hidden.dtype))
+        return self.fc2(unit(hidden) if self.normalize_inputs else hidden)
+
+
+class HypersphereBlock(nn.Module):
+    """h <- unit(h + |a| (unit(f(h)) - h)): a step from h towards the mixer's output, back onto the sphere.
+
+    a is learned, one per channel, and starts at 0.05. The stream h has norm 1 before and after. Because f's
+    output is normalized, scaling its last GEMM's input changes nothing: normalize_inputs changes the range,
+    not the model. source: 2605.06067 appendix A
+    """
+
+    def __init__(self, c, mixer):
+        super().__init__()
+        self.mixer = mixer
+        self.alpha = Scale(c.n_embd, init=0.05, stored=c.init_std)
+
+    def forward(self, h):
+        step = unit(self.mixer(h).float()) - h
+        return unit(h + self.alpha().abs() * step)
+
+
+class NGPT(GPT):
+    """The normalized transformer: every vector that enters a linear layer, and every weight row or column
+    along the residual stream, has norm 1. There is no RMSNorm; normalize_() follows every optimizer step.
+    """
+    mixers = {"*": NormalizedAttention, "-": NormalizedMLP}
+    block = HypersphereBlock
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm = nn.Identity()                   # the stream is normalized already
+        self.s_z = Scale(self.config.vocab_size, init=1.0, stored=self.config.init_std)
+        self.normalize_()
+
+    def logits(self, h):
+        return self.head(h) * self.s_z()        # (B, T, V): cosines, and a learned temperature for each token
+
+    @torch.no_grad()
+    def normalize_(self):
+        """Divide every GEMM weight by its L2 norm along the residual stream (C), in fp32, in place.
+
+        Rows of what reads from the stream (and of embedding and head), columns of what writes to it.
+        source: 2605.06067 appendix A
+        """
+        mixers = [block.mixer for block in self.blocks]
+        rows = [self.embed, self.head] + [getattr(m, name) for m in mixers for name in m.reads]
+        columns = [getattr(m, name) for m in mixers for name in m.writes]
+        for dim, modules in ((1, rows), (0, columns)):
+            for m in modules:
+                m.weight.div_(m.weight.norm(dim=dim, keepdim=True) + 1e-6)
+
+
+def build(config):
+    """A model from its ModelConfig, with the weights of torch's current seed."""
+    return {"gpt": GPT, "ngpt": NGPT}[config.arch](config)
+
+
+# ---------------------------------------------------------------- counting
+
+def count_parameters(model):
+    """(all, all but the embedding): the second takes part in a GEMM for every token."""
+    total = sum(p.numel() for p in model.parameters())
+    return total, total - model.embed.weight.numel()
+
+
+def flops_per_token(model):
+    """FLOPs of forward and backward for one token: 6 per GEMM weight (head included) and 12 H D T per
+    attention layer, counting the masked half of the scores too, as is the custom (2204.02311 appendix B)."""
+    c = model.config
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    return 6 * weights + 12 * c.pattern.count("*") * c.n_head * c.head_dim * c.block_size
+
+
+def describe(config):
+    """The model in text, from the meta device: nothing is allocated, so any size will do."""
+    with torch.device("meta"):
+        model = build(config)
+    c, (total, active) = model.config, count_parameters(model)
+    pattern = c.pattern if len(c.pattern) <= 60 else c.pattern[:57] + "..."
+    lines = [f"{c.arch}  {pattern}  C={c.n_embd} H={c.n_head} G={c.n_kv_head} D={c.head_dim} F={c.n_ffn} "
+             f"V={c.vocab_size} T={c.block_size}",
+             f"parameters     {total:,} ({active:,} without the embedding)",
+             f"FLOPs/token    {flops_per_token(model):.3g} (forward + backward)",
+             f"training state {16 * total / 2**30:.2f} GiB (fp32 weights, gradients, two Adam moments)", "",
+             f"{'linear layer':28s} {'out':>8s} {'in':>8s} {'weights':>14s}"]
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Linear):
+            lines.append(f"{name:28s} {m.out_features:8d} {m.in_features:8d} {m.weight.numel():14,}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- sampling
+
+@torch.no_grad()
+def generate(model, idx, n_tokens, temperature=0.8, top_k=50, generator=None):
+    """Append n_tokens to idx (B, T) int64, each drawn from the top_k likeliest (0: from all); temperature 0
+    takes the likeliest. Context beyond block_size is dropped from the left."""
+    for _ in range(n_tokens):
+        logits = model(idx[:, -model.config.block_size:])[:, -1].float()        # (B, V)
+        if temperature == 0:
+            token = logits.argmax(-1, keepdim=True)
+        else:
+            if top_k:
+                smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < smallest, -math.inf)
+            token = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
+        idx = torch.cat([idx, token], 1)
+    return idx
+
+
+def sample_text(model, tokenizer, prompt="", n_tokens=200, seed=0, **kw):
+    """Text continued from a prompt (an empty one starts a document)."""
+    ids = tokenizer.encode_ordinary(prompt) or [tokenizer.n_vocab - 1]          # the last id is <|endoftext|>
+    idx = torch.tensor([ids], device=model.embed.weight.device)
+    generator = torch.Generator(idx.device).manual_seed(seed)
+    out = generate(model, idx, n_tokens, generator=generator, **kw)[0].tolist()
+    return tokenizer.decode(out if prompt else out[1:])
+
+
+def main(argv):
+    from train import UserError, load_config, load_run
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            sys.exit(__doc__.strip())
+        if argv[0].endswith(".py"):
+            print(describe(load_config(argv).model))
+        else:
+            model, tokenizer, _ = load_run(argv[0])
+            print(sample_text(model, tokenizer, " ".join(argv[1:])))
+    except (UserError, ValueError) as error:
+        sys.exit(f"model.py: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
