@@ -1,0 +1,304 @@
+"""GPT is the standard transformer, nGPT is the paper's: invariants, formulas, and controls that must fail."""
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import nvfp4
+from model import (ModelConfig, Scale, build, count_parameters, describe, flops_per_token, generate, rope,
+                   rope_tables, unit)
+
+SMALL = ModelConfig(n_layer=2, n_embd=64, n_head=4, n_kv_head=2, n_ffn=96, block_size=32, vocab_size=80)
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def unfused(monkeypatch):
+    """The models are under test here, not torch.compile: quantize with the definition as it stands."""
+    monkeypatch.setattr(nvfp4, "can_compile", lambda kind: False)
+    torch.manual_seed(0)
+
+
+def make(arch="ngpt", **changes):
+    return build(replace(SMALL, arch=arch, **changes))
+
+
+def tokens(B=2, T=32):
+    return torch.randint(0, 80, (B, T))
+
+
+def close(a, b, bound):
+    """Whether a and b agree within bound relative to the largest of b."""
+    return bool((a - b).abs().max() <= bound * b.abs().max())
+
+
+def train_steps(model, n, normalize=True):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(n):
+        nvfp4.set_step(model, 0, step)
+        idx = tokens(T=33)
+        model(idx[:, :-1], idx[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if normalize:
+            model.normalize_()
+
+
+def norm_errors(model):
+    """Largest distance from 1 of the norms along the residual stream, for every GEMM weight."""
+    errors = {}
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            dim = 0 if name.endswith(("mixer.out.weight", "mixer.fc2.weight")) else 1
+            assert p.shape[dim] == model.config.n_embd
+            errors[name] = float((p.detach().norm(dim=dim) - 1).abs().max())
+    return errors
+
+
+def largest_inputs(model, idx):
+    """Largest magnitude and largest |norm - 1| of the input rows of every linear layer."""
+    seen = {}
+    hooks = [m.register_forward_pre_hook(lambda m, args, name=name: seen.__setitem__(name, args[0]))
+             for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    model(idx)
+    for hook in hooks:
+        hook.remove()
+    return {name: (float(x.abs().max()), float((x.norm(dim=-1) - 1).abs().max())) for name, x in seen.items()}
+
+
+# ---------------------------------------------------------------- nGPT's invariants
+
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_everything_is_on_the_sphere_after_training_steps_in_fp4(activation):
+    model = nvfp4.convert(make(activation=activation), nvfp4.RECIPES["ngpt"], report=lambda line: None)
+    train_steps(model, 3)
+    errors = norm_errors(model)
+    assert len(errors) == 2 + 4 * 2 and max(errors.values()) < 1e-5
+    inputs = largest_inputs(model, tokens())
+    assert len(inputs) == 9
+    for name, (largest, off) in inputs.items():
+        assert largest <= 1 + EPS and off < 1e-5, name
+    h = model.embed(tokens())
+    for block in model.blocks:
+        h = block(h)
+        assert float((h.norm(dim=-1) - 1).abs().max()) < 1e-5
+
+
+def test_without_normalize_the_weights_leave_the_sphere():
+    model = make()
+    train_steps(model, 3, normalize=False)
+    assert all(error > 1e-3 for error in norm_errors(model).values())
+
+
+def test_without_normalized_inputs_the_output_projections_see_other_norms():
+    model = make(normalize_inputs=False)
+    train_steps(model, 3)
+    inputs = largest_inputs(model, tokens())
+    for name, (_, off) in inputs.items():
+        assert (off > 1e-2) == name.endswith(("out", "fc2")), name
+    assert max(largest for largest, _ in inputs.values()) > 1
+
+
+def test_normalizing_the_gemm_inputs_changes_nothing_but_their_range():
+    """unit(W unit(x)) = unit(W x): the residual step normalizes the mixer's output anyway."""
+    with_norms = make()
+    train_steps(with_norms, 3)
+    without = make(normalize_inputs=False)
+    without.load_state_dict(with_norms.state_dict())
+    idx = tokens()
+    assert close(without(idx), with_norms(idx), 1e-5)
+    for block in without.blocks:                    # control: without that last norm the two differ
+        block.forward = lambda h, block=block: unit(h + block.alpha().abs() * (block.mixer(h) - h))
+    for block in with_norms.blocks:
+        block.forward = lambda h, block=block: unit(h + block.alpha().abs() * (block.mixer(h) - h))
+    assert not close(without(idx), with_norms(idx), 1e-3)
+
+
+# ---------------------------------------------------------------- nGPT's formulas, written out in float64
+
+def attention_scores(q, k, scale):
+    """Causal softmax(scale q k^T): q (B, H, T, D), k (B, H, T, D)."""
+    T = q.size(2)
+    scores = (scale * q @ k.transpose(-1, -2)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+    return scores.softmax(-1)
+
+
+def heads_reference(mixer, x):
+    """q, k, v (B, H, T, D) with positions, key/value heads repeated, by complex rotation; x float64."""
+    B, T, _ = x.size()
+    qkv = (x @ mixer.qkv.weight.double().t()).view(B, T, -1, mixer.D).transpose(1, 2)
+    q, k, v = qkv[:, :mixer.H], qkv[:, mixer.H:mixer.H + mixer.G], qkv[:, mixer.H + mixer.G:]
+    half = mixer.D // 2
+    angle = torch.arange(T)[:, None] * mixer.rope_base ** (-torch.arange(half).double() / half)
+    turn = torch.polar(torch.ones_like(angle), angle)
+
+    def rotate(z):
+        z = torch.complex(z[..., :half].contiguous(), z[..., half:].contiguous()) * turn
+        return torch.cat([z.real, z.imag], -1)
+
+    repeat = mixer.H // mixer.G
+    return rotate(q), rotate(k).repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+
+
+def unit64(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def test_normalized_attention_is_the_papers():
+    mixer = make().blocks[0].mixer
+    with torch.no_grad():
+        mixer.s_qk.weight.mul_(torch.rand_like(mixer.s_qk.weight) + 0.5)
+    x = unit(torch.randn(2, 32, 64))
+    q, k, v = heads_reference(mixer, x.double())
+    s = (mixer.s_qk.weight.double() * 64**0.5).view(mixer.H, 1, mixer.D)        # stored scaled by 1/sqrt(C)
+    q, k = unit64(q) * s, unit64(k) * s
+    y = (attention_scores(q, k, math.sqrt(mixer.D)) @ v).transpose(1, 2).flatten(2)
+    expected = unit64(y) @ mixer.out.weight.double().t()
+    assert close(mixer(x).double(), expected, 1e-5)
+    wrong = (attention_scores(q, k, 1 / math.sqrt(mixer.D)) @ v).transpose(1, 2).flatten(2)
+    assert not close(mixer(x).double(), unit64(wrong) @ mixer.out.weight.double().t(), 1e-2)
+
+
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_normalized_mlp_is_the_papers(activation):
+    mixer = make(activation=activation).blocks[1].mixer
+    with torch.no_grad():
+        for p in (mixer.s_u, mixer.s_v):
+            if p is not None:
+                p.weight.mul_(torch.rand_like(p.weight) + 0.5)
+    x = unit(torch.randn(2, 32, 64))
+    hidden, s_u = x.double() @ mixer.fc1.weight.double().t(), mixer.s_u.weight.double()
+    if activation == "swiglu":
+        u, v = hidden.chunk(2, -1)
+        hidden = u * s_u * F.silu(v * mixer.s_v.weight.double() * 8)
+    else:
+        hidden = F.relu(hidden * s_u * 8).square()
+    assert close(mixer(x).double(), unit64(hidden) @ mixer.fc2.weight.double().t(), 1e-5)
+    assert not close(mixer(x).double(), hidden @ mixer.fc2.weight.double().t(), 1e-2)
+
+
+def test_residual_step_is_the_papers():
+    block = make().blocks[1]
+    with torch.no_grad():
+        block.alpha.weight.mul_(torch.randn_like(block.alpha.weight))           # of either sign
+    h = unit(torch.randn(2, 32, 64))
+    f, a = block.mixer(h).double(), (block.alpha.weight.double() * 0.05 * 64**0.5).abs()
+    expected = unit64(h.double() + a * (unit64(f) - unit64(h.double())))
+    assert close(block(h).double(), expected, 1e-5)
+    signed = unit64(h.double() + a * block.alpha.weight.sign() * (unit64(f) - unit64(h.double())))
+    assert not close(block(h).double(), signed, 1e-3)
+
+
+def test_effective_initial_scales_and_their_stored_size():
+    model = make()
+    assert torch.allclose(model.blocks[0].alpha().abs(), torch.full((64,), 0.05))
+    assert torch.allclose(model.blocks[0].mixer.s_qk(), torch.ones(64))
+    assert torch.allclose(model.s_z(), torch.ones(80))
+    scale = Scale(4, init=0.05, stored=0.02)
+    scale.weight.data.add_(0.001)                   # what Adam adds is scaled by init / stored
+    assert torch.allclose(scale(), torch.full((4,), 0.05 + 0.001 * 2.5))
+
+
+# ---------------------------------------------------------------- GPT is standard
+
+def test_gpt_is_the_textbook_transformer():
+    model = make("gpt").double()
+    idx = tokens()
+    h = F.embedding(idx, model.embed.weight)
+
+    def rms(x, norm):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+
+    for attention, mlp in zip(model.blocks[0::2], model.blocks[1::2], strict=True):
+        q, k, v = heads_reference(attention.mixer, rms(h, attention.norm))
+        y = (attention_scores(q, k, 1 / math.sqrt(16)) @ v).transpose(1, 2).flatten(2)
+        h = h + y @ attention.mixer.out.weight.t()
+        h = h + F.relu(rms(h, mlp.norm) @ mlp.mixer.fc1.weight.t()).square() @ mlp.mixer.fc2.weight.t()
+    expected = rms(h, model.norm) @ model.head.weight.t()
+    assert close(model(idx), expected, 1e-5)        # rope runs in fp32
+    assert not close(model(idx), rms(h, model.norm) @ model.embed.weight.t(), 1e-1)
+
+
+def test_a_gpt_block_with_a_zero_output_projection_returns_its_input_exactly():
+    model = make("gpt")
+    h = torch.randn(2, 32, 64)
+    for block in model.blocks:
+        assert not torch.equal(block(h), h)
+        for name in block.mixer.writes:
+            torch.nn.init.zeros_(getattr(block.mixer, name).weight)
+        assert torch.equal(block(h), h)
+
+
+@pytest.mark.parametrize("arch", ["gpt", "ngpt"])
+@pytest.mark.parametrize("recipe", ["bf16", "ngpt"])
+def test_the_past_does_not_see_the_future(arch, recipe):
+    """Exact with fixed tensor scales too: a row's quantization then depends on that row alone."""
+    cfg = replace(nvfp4.RECIPES[recipe], tail=0.0)
+    model = nvfp4.convert(make(arch), cfg, report=lambda line: None)
+    idx = tokens()
+    changed = idx.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % 80
+    a, b = model(idx), model(changed)
+    assert torch.equal(a[:, :20], b[:, :20]) and not torch.equal(a[:, 20], b[:, 20])
+
+
+def test_rope_depends_on_distance_only_and_keeps_norms():
+    cos, sin = rope_tables(32, 16, 10000.0, "cpu")
+    q, k = torch.randn(16).expand(1, 1, 32, 16), torch.randn(16).expand(1, 1, 32, 16)
+    scores = (rope(q, cos, sin) @ rope(k, cos, sin).transpose(-1, -2))[0, 0]    # (T, T)
+    for distance in (0, 1, 7):
+        diagonal = scores.diagonal(-distance)
+        assert float((diagonal - diagonal[0]).abs().max()) < 20 * EPS * float(q.norm() * k.norm())
+    assert float(scores.diagonal(-1)[0] - scores.diagonal(0)[0]) != 0
+    assert close(rope(q, cos, sin).norm(dim=-1), q.norm(dim=-1), 10 * EPS)
+
+
+# ---------------------------------------------------------------- loss, counting, sampling, errors
+
+@pytest.mark.parametrize("arch", ["gpt", "ngpt"])
+def test_loss_is_the_mean_cross_entropy_and_starts_near_uniform(arch):
+    model, idx = make(arch), tokens(T=33)
+    log_p = model(idx[:, :-1]).double().log_softmax(-1)
+    expected = -log_p.gather(-1, idx[:, 1:, None]).mean()
+    assert close(model(idx[:, :-1], idx[:, 1:]).double(), expected, 1e-6)
+    assert abs(float(expected) - math.log(80)) < 0.2
+
+
+def test_counts():
+    model = make()
+    per_layer = 64 * (4 + 2 * 2) * 16 + 64 * 64 + 2 * 64 * 96                   # qkv, out, fc1 and fc2
+    scales = 2 * (64 + 64 + 64 + 96)                                            # alpha twice, s_qk, s_u
+    assert count_parameters(model)[0] == 2 * 80 * 64 + 2 * per_layer + scales + 80
+    assert count_parameters(model)[0] - count_parameters(model)[1] == 80 * 64
+    assert flops_per_token(model) == 6 * (2 * per_layer + 80 * 64) + 12 * 2 * 64 * 32
+    assert f"{count_parameters(model)[0]:,}" in describe(model.config)
+
+
+def test_generate():
+    model, prompt = make().eval(), tokens(1, 5)
+    greedy = generate(model, prompt, 40, temperature=0)                         # beyond block_size, 32
+    assert greedy.shape == (1, 45) and torch.equal(greedy[:, :5], prompt)
+    assert torch.equal(generate(model, prompt, 40, top_k=1), greedy)
+    assert torch.equal(greedy[0, 5], model(prompt)[0, -1].argmax())
+    one, two, other = [generate(model, prompt, 20, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("changes", "word"), [
+    ({"vocab_size": None}, "vocab_size"), ({"n_head": 5}, "head_dim"), ({"n_kv_head": 3}, "n_kv_head"),
+    ({"pattern": "*-x"}, "pattern"), ({"head_dim": 15}, "head_dim")])
+def test_sizes_that_do_not_fit_are_one_line(changes, word):
+    with pytest.raises(ValueError, match=word) as error:
+        make(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_too_long_an_input_is_one_line():
+    with pytest.raises(ValueError, match="block_size=32"):
+        make()(tokens(T=33))

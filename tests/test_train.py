@@ -1,0 +1,649 @@
+"""Proofs for train.py: config, order of the data, schedule, and runs that are stopped, killed, resumed and
+spread over ranks without changing a bit.
+
+The runs are real: tiny models in FP4 on the CPU, a third of a second each. Only the quantizer is not
+compiled, which changes no bit (tests/test_nvfp4.py) and saves minutes. A test that speaks of a process starts
+one.
+"""
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+import nvfp4  # noqa: E402
+import train  # noqa: E402
+from data.tokens import prepare, read_tokens, write_tokens  # noqa: E402
+from model import ModelConfig, build, count_parameters  # noqa: E402
+from nvfp4 import OPERANDS, RECIPES, FP4Config  # noqa: E402
+from train import Config, UserError, flatten, load_config, make_config, unflatten  # noqa: E402
+
+CONFIGS = sorted(f"configs/{path.name}" for path in (REPO / "configs").glob("*.py"))
+RUNS = {                                            # kinds of runs that must go on bit for bit
+    "ngpt": {},
+    "gpt": {"arch": "gpt", "recipe": "nvfp4"},
+    "all random": {"fp4_stochastic": ",".join(OPERANDS), "fp4_unbiased": True, "fp4_hadamard": "wgrad",
+                   "fp4_signs": "fresh", "gradient_accumulation_steps": 2, "weight_decay": 0.1,
+                   "schedule": "cosine", "warmup_steps": 3, "eval_iters": 3},
+}
+EAGER = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(REPO)!r})
+import torch, nvfp4, train
+torch.set_num_threads(1)
+nvfp4.can_compile = lambda kind: False
+"""
+TRAIN = "train.main(sys.argv[1:])"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager():
+    threads = torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    torch.set_num_threads(1)                        # as in the processes; more are slower on tiny tensors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nvfp4, "can_compile", lambda kind: False)
+        yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():        # a run that ends in an error leaves its own
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """A prepared folder: random letters in plain bytes, of which no model can learn more than ln 27 = 3.3."""
+    folder = tmp_path_factory.mktemp("data")
+    text = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=20000))
+    prepare([text[2000:]], [text[:2000]], folder, "a test", tokenizer="bytes")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(dataset):
+    """(out_dir, field=value, ...) -> the command line of a tiny run."""
+    def flags(out_dir, **changes):
+        settings = {"out_dir": out_dir, "dataset": dataset, "n_layer": 1, "n_embd": 32, "n_head": 2,
+                    "block_size": 32, "batch_size": 4, "max_steps": 10, "learning_rate": 1e-2,
+                    "eval_interval": 4, "eval_iters": 2, "sample_tokens": 0, "device": "cpu",
+                    "compile": False, **changes}
+        return [f"--{name}={value}" for name, value in settings.items()]
+    return flags
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """A kind of RUNS -> the folder of an uninterrupted run of 10 steps."""
+    folders = {}
+
+    def folder(kind):
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp("whole")
+            train.main(tiny(folders[kind], **RUNS[kind]))
+        return folders[kind]
+    return folder
+
+
+def start(*command, **kw):
+    return subprocess.Popen([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kw)
+
+
+def finish(process):
+    """returns (exit status, stdout, stderr)"""
+    try:
+        out, err = process.communicate(timeout=90)
+    finally:
+        process.terminate()                         # no kill: torchrun has processes of its own to end
+    return process.returncode, out, err
+
+
+def refusal(argv):
+    """The one line with which train.py ends."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main([str(argument) for argument in argv])
+    line = stopped.value.code                       # text: python prints it on stderr and exits with 1
+    assert isinstance(line, str) and line.startswith("train.py: ") and "\n" not in line
+    return line
+
+
+def metrics(folder, having="step"):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if having in row]
+
+
+def saved_step(folder):
+    return train.load_checkpoint(folder / "ckpt.pt")["step"]
+
+
+def leaves(tree, name=""):
+    if not isinstance(tree, (dict, list, tuple)):
+        yield name[1:], tree.numpy().tobytes() if torch.is_tensor(tree) else tree
+        return
+    for key, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield from leaves(child, f"{name}/{key}")
+
+
+def changed(a, b):
+    """Names of what differs by a bit between two run folders: weights, optimizer state, step, and metrics but
+    for the times (metrics/<step>/... and metrics/<step> val/...)."""
+    found = []
+    for folder in (a, b):
+        saved, rows = train.load_checkpoint(folder / "ckpt.pt"), metrics(folder)
+        named = {f"{row['step']}{'' if 'loss' in row else ' val'}": row | {"ms": 0} for row in rows}
+        assert len(named) == len(rows), "a step stands twice in metrics.jsonl"
+        found.append(dict(leaves(saved | {"config": None, "metrics": named})))
+    return {name for name in found[0] | found[1] if found[0].get(name) != found[1].get(name)}
+
+
+def parts(names):
+    return {name.split("/")[0] for name in names}
+
+
+# ---------------------------------------------------------------- config
+
+WHOLE, CHOICE = "must be a whole number", "must be one of"
+WRONG_FLAGS = {
+    "--lerning_rate=1": "command line: no field is called lerning_rate; did you mean learning_rate?",
+    "--lerning_rate": "--lerning_rate must be given as --key=value; did you mean learning_rate?",
+    "--max_steps": "--max_steps must be given as --max_steps=VALUE",
+    "-resume": "-resume must be given as --key=value; did you mean resume?",
+    "--max_steps=ten": f"max_steps='ten' {WHOLE}",
+    "--max_steps=1.5": f"max_steps='1.5' {WHOLE}",
+    "--max_steps=": f"max_steps='' {WHOLE}",
+    "--max_steps=inf": f"max_steps='inf' {WHOLE}",
+    "--max_steps=None": f"max_steps=None {WHOLE}",
+    "--learning_rate=fast": "learning_rate='fast' must be a number",
+    "--learning_rate=nan": "learning_rate=nan must be in [0, inf]",
+    "--compile=maybe": "compile='maybe' must be True or False",
+    "--schedule=linear": f"schedule=linear {CHOICE} wsd, cosine",
+    "--arch=gtp": f"arch=gtp {CHOICE} gpt, ngpt; did you mean gpt?",
+    "--fp4_gemms=fprop,dgrd": "fp4_gemms=dgrd must be of fprop, dgrad, wgrad",
+    "--fp4_tail=2": "fp4_tail=2.0 must be in [0, 1]",
+    "--batch_size=0": "batch_size=0 must be 1 or more",
+    "--stop_at=1001": "stop_at=1001 must be in [1, 1000]",
+    "configs/gpt_tiy.py": "configs/gpt_tiy.py: no such config file; did you mean configs/gpt_tiny.py?",
+}
+WRONG_FILES = {
+    "lerning_rate = 1": "bad.py: no field is called lerning_rate; did you mean learning_rate?",
+    "max_steps = 'ten'": f"max_steps='ten' {WHOLE}",
+    "max_steps = 1.5": f"max_steps=1.5 {WHOLE}",
+    "max_steps = True": f"max_steps=True {WHOLE}",
+    "compile = 2": "compile=2 must be True or False",
+    "dataset = None": "dataset=None must be text",
+    "learning_rate = [1]": "learning_rate=[1] must be a number",
+    "fp4_gemms = 3": "fp4_gemms=3 must be names with commas between",
+    "n_embd = (": "bad.py: SyntaxError",
+    "n_embd = 1 / 0": "bad.py: ZeroDivisionError",
+}
+
+
+@pytest.mark.parametrize("wrong", [*WRONG_FLAGS, *WRONG_FILES])
+def test_wrong_input_is_one_line(tmp_path, wrong):
+    (tmp_path / "bad.py").write_text(wrong + "\n")
+    with pytest.raises(UserError) as error:
+        load_config([wrong if wrong in WRONG_FLAGS else str(tmp_path / "bad.py")])
+    assert (WRONG_FLAGS | WRONG_FILES)[wrong] in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--resume", True), ("--resume=false", False), ("--compile=0", False), ("--out_dir=out/a=b", "out/a=b"),
+    ("--stop_at=None", None), ("--stop_at=7", 7), ("--max_steps=1e6", 10**6), ("--learning_rate=3", 3.0),
+    ("--fp4_gemms=fprop,dgrad", ("fprop", "dgrad")), ("--fp4_gemms=", ()),
+    ("--fp4_input_amax=None", None), ("--n_kv_head=2", 2), ("--seed=9007199254740993", 2**53 + 1)])
+def test_flag_sets_a_field(flag, value):
+    c = load_config([flag])
+    owner, field, _ = train.schema()[flag[2:].partition("=")[0]]
+    found = getattr({Config: c, ModelConfig: c.model, FP4Config: c.fp4}[owner], field.name)
+    assert found == value and type(found) is type(value)
+
+
+def test_files_are_isolated_and_flags_win(tmp_path):
+    a, b, c = (str(tmp_path / name) for name in ("a.py", "b.py", "c.py"))
+    Path(a).write_text("import math\n_half = 2**5\nn_embd = 2 * _half\nn_layer = 3.0\nstop_at = None\n"
+                       "seed = 5\nfp4_gemms = ('fprop', 'wgrad')\n")
+    Path(b).write_text("n_embd = 128\n")
+    Path(c).write_text("n_head = n_layer\n")
+    both = load_config(["--seed=6", a, b])
+    assert both == load_config([a, b, "--seed=6"]) and both.fp4.gemms == ("fprop", "wgrad")
+    assert (both.model.n_embd, both.model.n_layer, both.seed) == (128, 3, 6)
+    assert load_config([b, a]).model.n_embd == 64
+    with pytest.raises(UserError, match="c.py: NameError: name 'n_layer' is not defined$"):
+        load_config([a, c])
+
+
+def test_dependent_defaults_follow_the_overrides(tmp_path):
+    (tmp_path / "mine.py").write_text("learning_rate = 1.0\narch = 'gpt'\nfp4_tail = 0.5\n")
+    mine = str(tmp_path / "mine.py")
+    c = load_config([mine, "configs/gpt_tiny.py", "--learning_rate=5", "--recipe=None"])
+    assert (c.min_lr, c.recipe, c.out_dir) == (0.1, "nvfp4", "out/mine")
+    assert c.fp4 == replace(RECIPES["nvfp4"], tail=0.5)
+    c = load_config([mine, "--arch=ngpt", "--min_lr=0", "--out_dir=x"])
+    assert (c.min_lr, c.recipe, c.out_dir, c.fp4) == (0.0, "ngpt", "x", replace(RECIPES["ngpt"], tail=0.5))
+    assert load_config(["--fp4_tail=0", "--recipe=nvfp4"]).fp4 == replace(RECIPES["nvfp4"], tail=0.0)
+    assert load_config(["--min_lr=None", "--out_dir=None"]) == load_config([])
+    assert load_config([]).out_dir == "out/run"
+
+
+def test_config_is_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    here = load_config(["configs/gpt_1b.py"])
+    monkeypatch.chdir(tmp_path)
+    assert load_config(["configs/gpt_1b.py"]) == here != load_config([])
+    Path("own.py").write_text("n_embd = 64\n")
+    assert load_config(["own.py"]).model.n_embd == 64
+
+
+def test_help_lists_every_field(capsys):
+    train.main(["-h"])
+    text = capsys.readouterr().out
+    assert len(train.schema()) == sum(len(fields(owner)) for owner in (Config, ModelConfig, FP4Config)) - 2
+    for name, (owner, field, _) in train.schema().items():
+        line, = re.findall(rf"^  --{name} +(.*)$", text, re.M)
+        default = "" if owner is FP4Config else f"{field.default} "             # those are the recipe's
+        assert line.startswith(default) and re.search("[a-z]", line[len(default):]), name
+
+
+@pytest.mark.parametrize("argv", [[], ["--fp4_gemms=", "--stop_at=3"], *([name] for name in CONFIGS)],
+                         ids=" ".join)
+def test_config_survives_json_and_builds(argv):
+    c = load_config(argv)
+    flat = json.loads(json.dumps(flatten(c)))
+    assert unflatten(flat) == c and set(flat) == set(train.schema())
+    assert unflatten(flat | {"n_embd": 48}) == replace(c, model=replace(c.model, n_embd=48)) != c
+    if argv and argv[0] in CONFIGS:
+        assert c.out_dir == f"out/{Path(argv[0]).stem}" and Path(argv[0]).stem.startswith(c.model.arch)
+        with torch.device("meta"):
+            assert count_parameters(build(c.model))[0] > 0
+
+
+@pytest.mark.parametrize("arch", ["ngpt", "gpt"])
+def test_1b_configs_have_the_papers_size(arch):
+    """1.25e9: the dense 1.2B model of 2605.06067 with embedding and head for 131,072 tokens."""
+    V, C, layers, H, G, D, hidden = 131072, 2048, 20, 16, 4, 128, 6144
+    matrices = 2 * V * C + layers * ((H + 2 * G) * D * C + H * D * C + 2 * hidden * C)
+    vectors = {"gpt": 2 * layers * C + C,           # RMSNorm: two in a layer, one at the end
+               "ngpt": layers * (H * D + hidden + 2 * C) + V}[arch]             # s_qk, s_u, alpha twice; s_z
+    with torch.device("meta"):
+        model = build(load_config([f"configs/{arch}_1b.py"]).model)
+    assert matrices == 1_249_902_592
+    assert count_parameters(model) == (matrices + vectors, matrices + vectors - V * C)
+
+
+# ---------------------------------------------------------------- data and schedule
+
+def test_batches_are_a_function_of_seed_and_step(monkeypatch):
+    c = make_config({"gradient_accumulation_steps": 4, "batch_size": 5, "block_size": 16})
+    first = train.train_starts(c, 1000, 7)
+    assert first.shape == (4, 5) and len(np.unique(first)) > 15                 # micro-batches do not repeat
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)                                         # a rank takes its rows of it
+    np.random.seed(0)
+    torch.manual_seed(0)
+    assert (train.train_starts(c, 1000, 8) != first).any()
+    assert (train.train_starts(replace(c, seed=c.seed + 1), 1000, 7) != first).any()
+    assert (train.train_starts(c, 1000, 7) == first).all()
+
+
+@pytest.mark.parametrize("n_tokens", [17, 18, 60])
+def test_windows_lie_in_the_data_and_reach_its_ends(n_tokens):
+    c = make_config({"batch_size": 1000, "block_size": 16, "eval_iters": 1})
+    every = set(range(n_tokens - 16))                                           # 16 tokens and one to predict
+    assert set(train.train_starts(c, n_tokens, 0)[0].tolist()) == every
+    assert set(train.val_starts(c, n_tokens)[0].tolist()) == every
+    ids = np.arange(n_tokens, dtype=np.uint16)
+    idx, targets = train.batch_at(ids, [0, n_tokens - 17], 16, torch.device("cpu"))
+    assert idx.dtype == torch.int64 and targets[1, -1] == n_tokens - 1
+    assert idx[0].tolist() == list(range(16)) and torch.equal(targets, idx + 1)
+
+
+def test_validation_windows_are_spread_evenly():
+    c = make_config({"batch_size": 3, "block_size": 16, "eval_iters": 5})
+    starts = train.val_starts(c, 1000)
+    assert starts.shape == (5, 3) and starts[0, 0] == 0 and starts[-1, -1] == 1000 - 17
+    assert np.ptp(np.diff(starts.flatten())) <= 1
+    assert train.val_starts(replace(c, batch_size=1, eval_iters=1), 1000).tolist() == [[0]]
+
+
+WSD = {"learning_rate": 1.0, "min_lr": 0.1, "max_steps": 100, "warmup_steps": 10, "decay_fraction": 0.2}
+COSINE = WSD | {"schedule": "cosine"}
+
+
+@pytest.mark.parametrize("settings, step, value", [
+    (WSD, 0, 0.1), (WSD, 4, 0.5), (WSD, 9, 1.0), (WSD, 10, 1.0), (WSD, 80, 1.0),
+    (WSD, 85, 0.1 + 0.9 * 0.5), (WSD, 90, 0.1 + 0.9 * (1 - 0.5**0.5)), (WSD, 100, 0.1),
+    (COSINE, 0, 0.1), (COSINE, 9, 1.0), (COSINE, 10, 1.0), (COSINE, 55, 0.55), (COSINE, 100, 0.1),
+    (COSINE, 32.5, 0.1 + 0.9 * (1 + 0.5**0.5) / 2), (COSINE | {"warmup_steps": 0}, 0, 1.0),
+    (WSD | {"decay_fraction": 0.0}, 99, 1.0), (WSD | {"decay_fraction": 1.0}, 25, 0.55),
+    (WSD | {"warmup_steps": 100}, 99, 1.0), (WSD | {"min_lr": None}, 100, 1 / 50)])
+def test_learning_rate(settings, step, value):
+    assert train.learning_rate(make_config(settings), step) == pytest.approx(value, rel=1e-12)
+
+
+# ---------------------------------------------------------------- a run
+
+@pytest.mark.parametrize("arch", ["ngpt", "gpt"])
+def test_run_folder(tiny, dataset, tmp_path, monkeypatch, capsys, arch):
+    shutil.copytree(dataset, tmp_path / "data")
+    ids, _ = read_tokens(dataset / "val.bin")       # as if a token were three bytes
+    write_tokens(tmp_path / "data" / "val.bin", ids, 256, "bytes", "a test", 3 * len(ids))
+    saves, save = [], train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint",
+                        lambda path, *rest: saves.append((path, rest[2])) or save(path, *rest))
+    out = tmp_path / "deep" / "run"
+    argv = tiny(out, dataset=tmp_path / "data", arch=arch, warmup_steps=3, gradient_accumulation_steps=2,
+                checkpoint_interval=3, dtype="float32", sample_tokens=8, weight_decay=0.1, beta1=0.8)
+    train.main(argv)
+    said = capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"ckpt.pt", "config.json", "log.txt", "metrics.jsonl"}
+    assert (out / "log.txt").read_text() == said and "\nsample:\n" in said
+    assert saves == [(out / "ckpt.pt", step) for step in (3, 6, 9, 10)] and saved_step(out) == 10
+    c = load_config([*argv, "--vocab_size=256"])    # the dataset's
+    assert unflatten(json.loads((out / "config.json").read_text())) == c
+
+    steps, evaluations = metrics(out, "loss"), metrics(out, "val_loss")
+    assert [set(row) for row in steps] == [{"step", "loss", "lr", "grad_norm", "tokens", "ms"}] * 10
+    assert [(row["step"], row["tokens"]) for row in steps] == [(i, (i + 1) * 2 * 4 * 32) for i in range(10)]
+    assert [row["lr"] for row in steps] == [train.learning_rate(c, i) for i in range(10)]
+    assert abs(steps[0]["loss"] - math.log(256)) < 0.1 and all(0 < row["grad_norm"] < 10 for row in steps)
+    assert [set(row) for row in evaluations] == [{"step", "val_loss", "val_bpb", "val_loss_fp4"}] * 4
+    assert [row["step"] for row in evaluations] == [0, 4, 8, 10]
+    assert len(metrics(out)) == 14
+    assert all(row["val_bpb"] == pytest.approx(row["val_loss"] / math.log(2) / 3) for row in evaluations)
+
+    matrices, vectors = train.load_checkpoint(out / "ckpt.pt")["optimizer"]["param_groups"]
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0)
+    assert all((g["lr"], g["betas"]) == (train.learning_rate(c, 9), (0.8, 0.95)) for g in (matrices, vectors))
+
+    # the last losses, computed anew from the checkpoint: in high precision, then in FP4
+    model, tokenizer, c_run = train.load_run(out)
+    assert c_run == c and tokenizer.n_vocab == 256
+    unit_rows = (model.embed.weight.norm(dim=1) - 1).abs().max() < 1e-5
+    assert unit_rows == (arch == "ngpt")
+    x = torch.from_numpy(np.stack([ids[i * (len(ids) - 33) // 7:][:33] for i in range(8)]).astype(np.int64))
+
+    def loss():
+        with torch.no_grad():                       # two batches of four, as tensor scales are a batch's
+            return sum(float(F.cross_entropy(model(half[:, :-1]).flatten(0, 1), half[:, 1:].flatten()))
+                       for half in x.split(4)) / 2
+    assert loss() == pytest.approx(evaluations[-1]["val_loss"], rel=1e-6)
+    nvfp4.convert(model, c.fp4)
+    nvfp4.set_step(model, c.seed, 10)
+    assert loss() == pytest.approx(evaluations[-1]["val_loss_fp4"], rel=1e-6)
+    assert loss() != pytest.approx(evaluations[-1]["val_loss"], rel=1e-6)       # control: another number
+
+
+def test_bf16_run_has_no_fp4_loss(tiny, tmp_path):
+    train.main(tiny(tmp_path, recipe="bf16", max_steps=1))
+    assert [set(row) for row in metrics(tmp_path, "val_loss")] == [{"step", "val_loss", "val_bpb"}] * 2
+
+
+@pytest.mark.parametrize("arch", ["ngpt", "gpt"])
+def test_one_batch_is_learnt_by_heart(tiny, tmp_path, monkeypatch, arch):
+    def losses(name):
+        train.main(tiny(tmp_path / name, arch=arch, max_steps=100, learning_rate=2e-2, batch_size=2,
+                        eval_interval=100))
+        return [row["loss"] for row in metrics(tmp_path / name, "loss")]
+    assert losses("fresh")[-1] > 3                  # control: but for a batch, ln 27 = 3.3 is the end
+    starts = train.train_starts
+    monkeypatch.setattr(train, "train_starts", lambda c, n_tokens, step: starts(c, n_tokens, 0))
+    same = losses("same")
+    assert same[0] > 5.4 and same[-1] < 0.5
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"dataset": "/no/such"}, "/no/such/train.bin: no such folder; run: python data/text/prepare.py"),
+    ({"block_size": 2000}, "val.bin: 2000 tokens must be 2001 at least; lower block_size"),
+    ({"vocab_size": 100}, "vocab_size=100 must be 256 at least"),
+    ({"device": "cuda"}, "device=cuda must find a GPU"),
+    ({"n_embd": 33}, "n_embd=33 must be a multiple of n_head=2"),
+    ({"n_embd": 24}, "K=24 must be a multiple of 16 (NVFP4 block)"),
+    ({"pattern": "*x"}, "pattern=*x must consist of"),
+    ({"n_head": 0}, "n_head=0 must be"),
+    ({"block_size": 0}, "block_size=0 must be"),
+    ({"beta1": 2}, "beta1=2.0 must be"),
+], ids=str)
+def test_impossible_run_is_one_line(tiny, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert message in refusal(tiny(tmp_path, **changes))
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
+# ---------------------------------------------------------------- stop and resume
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_resume_in_a_new_process_is_bit_for_bit(tiny, whole, tmp_path, kind):
+    train.main(tiny(tmp_path, **RUNS[kind], stop_at=5))
+    assert saved_step(tmp_path) == 5
+    status, _, err = finish(start("-c", EAGER + TRAIN, *tiny(tmp_path, **RUNS[kind], resume=True)))
+    assert (status, err) == (0, "")
+    assert changed(tmp_path, whole(kind)) == set()
+
+
+@pytest.mark.parametrize("owner, name, wrong", [
+    (nvfp4, "set_step", lambda real: lambda model, seed, *where: real(model, seed + 1, *where)),
+    (nvfp4, "set_step", lambda real: lambda model, seed, step, *micro: real(model, seed, step - 5, *micro)),
+    (train, "train_starts", lambda real: lambda c, n_tokens, step: real(c, n_tokens, step - 5)),
+    (torch.optim.AdamW, "load_state_dict", lambda real: lambda self, state: None),
+], ids=["noise of another seed", "noise counted anew", "batches counted anew", "optimizer forgotten"])
+def test_control_wrong_resume_is_noticed(tiny, whole, tmp_path, monkeypatch, owner, name, wrong):
+    train.main(tiny(tmp_path, stop_at=5))
+    monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
+    train.main(tiny(tmp_path, resume=True))
+    found = changed(tmp_path, whole("ngpt"))
+    assert parts(found) == {"model", "optimizer", "metrics"}
+    assert "metrics/9/loss" in found and "metrics/4/loss" not in found
+
+
+SLOW = """
+rate = train.learning_rate
+train.learning_rate = lambda c, step: (time.sleep(0.3 * (step > 1)), rate(c, step))[1]
+"""
+DIE_IN_SECOND_SAVE = """
+rename, die = os.replace, lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+os.replace = lambda new, old: (die if os.path.exists(old) else rename)(new, old)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
+def test_signalled_run_goes_on_bit_for_bit(tiny, whole, tmp_path, name):
+    argv = tiny(tmp_path, checkpoint_interval=3)
+    if name == "SIGKILL":
+        status, _, _ = finish(start("-c", EAGER + DIE_IN_SECOND_SAVE + TRAIN, *argv))
+        assert (status, saved_step(tmp_path)) == (-signal.SIGKILL, 3) and (tmp_path / "ckpt.tmp").exists()
+        assert metrics(tmp_path)[-1]["step"] == 5   # two steps that are lost and done again
+    else:
+        process, until = start("-c", EAGER + SLOW + TRAIN, *argv), time.monotonic() + 60
+        while not ((tmp_path / "metrics.jsonl").exists() and any(r["step"] == 2 for r in metrics(tmp_path))):
+            assert process.poll() is None and time.monotonic() < until, finish(process)
+            time.sleep(0.02)
+        process.send_signal(getattr(signal, name))
+        status, out, err = finish(process)
+        step = saved_step(tmp_path)
+        assert (status, err) == (0, "") and 2 < step < 10
+        assert f"{name}: stopped at step {step}; continue with --resume" in out
+    train.main(tiny(tmp_path, resume=True))
+    assert changed(tmp_path, whole("ngpt")) == set()
+
+
+SAVE_FOR_EVER = """
+model = torch.nn.Linear(1024, 1024)
+optimizer = torch.optim.AdamW(model.parameters())
+for p in model.parameters():
+    p.grad = torch.zeros_like(p)
+optimizer.step()
+tensors = [p.data for p in model.parameters()] + [s["exp_avg"] for s in optimizer.state.values()]
+c, path = train.load_config([]), train.Path(sys.argv[1])
+for line in sys.stdin:
+    pid, step = os.fork(), int(line)
+    while pid == 0:
+        step += 1
+        for t in tensors:
+            t.fill_(step)
+        train.save_checkpoint(path, model, optimizer, step, c)
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+    print("dead", flush=True)
+"""
+
+
+def test_kill_during_save_leaves_a_checkpoint_that_loads(tmp_path):
+    """Processes that save 12 MB over and over, killed at random moments until three left half a file."""
+    path, torn, kills, moments = tmp_path / "ckpt.pt", 0, 0, random.Random(0)
+    until = time.monotonic() + 60
+    with start("-c", EAGER + SAVE_FOR_EVER, path, stdin=subprocess.PIPE) as writer:
+        while torn < 3 or kills < 8:
+            print(1000 * kills, file=writer.stdin, flush=True)
+            pid = int(writer.stdout.readline())
+            while not path.exists() and time.monotonic() < until:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0.02, 0.1))
+            os.kill(pid, signal.SIGKILL)
+            assert time.monotonic() < until, f"{torn} of {kills} kills fell into the writing of the file"
+            assert writer.stdout.readline() == "dead\n"
+            kills += 1
+            saved = train.load_checkpoint(path)
+            values = [*saved["model"].values(), *(s["exp_avg"] for s in saved["optimizer"]["state"].values())]
+            assert len(values) == 4 and all((v == saved["step"]).all() for v in values)
+            if path.with_suffix(".tmp").exists():   # control: written in place, this would be the checkpoint
+                try:
+                    torch.load(path.with_suffix(".tmp"))
+                except Exception:
+                    torn += 1
+
+
+@pytest.mark.parametrize("arch", ["ngpt", "gpt"])
+def test_nan_stops_the_run_and_leaves_the_checkpoint(tiny, whole, tmp_path, monkeypatch, arch):
+    rate = train.learning_rate
+    with monkeypatch.context() as patch:            # the weights become NaN in step 7: FP4 must not hide it
+        patch.setattr(train, "learning_rate", lambda c, step: math.nan if step == 7 else rate(c, step))
+        line = refusal(tiny(tmp_path, **RUNS[arch], checkpoint_interval=3))
+    assert re.search(r"step 8: loss nan, .*stopped; the last checkpoint .* untouched; lower learning", line)
+    assert saved_step(tmp_path) == 6
+    train.main(tiny(tmp_path, **RUNS[arch], resume=True))
+    assert changed(tmp_path, whole(arch)) == set()
+
+
+def test_infinite_gradient_stops_the_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    assert re.search(r"step 0: loss 5\..*, gradient norm inf: stopped", refusal(tiny(tmp_path)))
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("changes", [
+    {"n_embd": 64}, {"arch": "gpt", "recipe": "ngpt"}, {"activation": "swiglu"}, {"recipe": "bf16"},
+    {"fp4_stochastic": "dgrad.dy"}, {"fp4_tail": 0.5}, {"seed": 1}, {"dataset": "a copy"}, {"batch_size": 8},
+    {"learning_rate": 1.0}, {"max_steps": 20}, {"dtype": "float32"}], ids=str)
+def test_resume_refuses_and_names_what_changed(tiny, dataset, whole, tmp_path, changes):
+    if "dataset" in changes:
+        changes = {"dataset": shutil.copytree(dataset, tmp_path / "copy")}
+    before = {path: path.read_bytes() for path in whole("ngpt").iterdir()}
+    line, name = refusal(tiny(whole("ngpt"), **changes, resume=True)), next(iter(changes))
+    assert f"--resume: {name}=" in line and f"but the run in {whole('ngpt')} has {name}=" in line
+    assert {path: path.read_bytes() for path in whole("ngpt").iterdir()} == before
+
+
+def test_resume_accepts_what_changes_no_step(tiny, whole, tmp_path):
+    train.main(tiny(tmp_path / "here", stop_at=5))
+    (tmp_path / "here").rename(tmp_path / "there")
+    train.main(tiny(tmp_path / "there", resume=True, eval_interval=3, eval_iters=1, log_interval=1,
+                    checkpoint_interval=1, sample_tokens=4))
+    assert all(re.match("metrics/.* val/", name) for name in changed(tmp_path / "there", whole("ngpt")))
+
+
+def test_run_folder_is_not_overwritten(tiny, whole, tmp_path):
+    folder = whole("ngpt")
+    assert f"out_dir={folder} holds a run; continue it with --resume" in refusal(tiny(folder))
+    assert "is at step 10 already; raise --stop_at" in refusal(tiny(folder, resume=True))
+    for damaged in ((folder / "ckpt.pt").read_bytes()[:-100], b"", b"{}"):
+        (tmp_path / "ckpt.pt").write_bytes(damaged)
+        assert "ckpt.pt: not a checkpoint of this code" in refusal(tiny(tmp_path, resume=True))
+
+
+# ---------------------------------------------------------------- ranks
+
+def torchrun(folder, argv):
+    (folder / "driver.py").write_text(EAGER + TRAIN)
+    status, out, err = finish(start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                                    folder / "driver.py", *argv))
+    assert status == 0, err
+    assert out.count("converted ") == 1             # only the first rank speaks
+
+
+def test_two_ranks_equal_two_micro_batches(tiny, whole, tmp_path):
+    """One process computes a/2 + b/2, two ranks (a + b)/2: of the loss, of every gradient.
+
+    error   0. Halving is exact in floating point, NVFP4's scales follow it exactly, and the sum of two
+            numbers has one order. So all agrees bit for bit, all kinds of random choices included.
+    """
+    one, argv = whole("all random"), tiny(tmp_path / "ranks", **RUNS["all random"])
+    torchrun(tmp_path, argv)
+    assert changed(tmp_path / "ranks", one) == set()
+
+
+@pytest.mark.parametrize("wrong", [lambda real: lambda model, seed, step, micro=0: real(model, seed, step),
+                                   lambda real: lambda model, seed, *where: real(model, seed + 1, *where)],
+                         ids=["ranks with the same noise", "another seed"])
+def test_control_wrong_noise_of_ranks_is_noticed(tiny, tmp_path, monkeypatch, wrong):
+    two = {"gradient_accumulation_steps": 2}        # one process: it draws what such ranks would draw
+    train.main(tiny(tmp_path / "right", **two))
+    monkeypatch.setattr(nvfp4, "set_step", wrong(nvfp4.set_step))
+    train.main(tiny(tmp_path / "wrong", **two))
+    found = changed(tmp_path / "wrong", tmp_path / "right")
+    assert parts(found) == {"model", "optimizer", "metrics"}
+    assert {"metrics/0/grad_norm", "metrics/1/loss", "metrics/9/loss"} <= found
+
+
+def test_two_ranks_equal_four_micro_batches_to_summation_order(tiny, tmp_path, monkeypatch):
+    """((a + b) + c) + d in one process, (a + c) + (b + d) on two ranks; at learning rate 0, where a
+    difference cannot grow.
+
+    error   u = 2^-24. A sum of four positive terms errs by 3u in any order, the divisions by 4 not at all:
+            6u between two losses. Sums of gradients err by 3u (|a| + |b| + |c| + |d|) an element, of norm
+            4 |g| at most unless the four cancel: 24u between two norms; and 16u for computing the norms.
+    """
+    four = {"gradient_accumulation_steps": 4, "learning_rate": 0, "max_steps": 4, "eval_iters": 1}
+    train.main(tiny(tmp_path / "one", **four))
+    torchrun(tmp_path, tiny(tmp_path / "ranks", **four))
+    noise, starts = nvfp4.set_step, train.train_starts
+    monkeypatch.setattr(nvfp4, "set_step", lambda *where: noise(*where[:3], *(m // 2 for m in where[3:])))
+    monkeypatch.setattr(train, "train_starts", lambda c, n, step: starts(c, n, step)[[0, 1, 2, 2]])
+    train.main(tiny(tmp_path / "wrong", **four))    # control: noise shared by two, data read twice
+    one, ranks, wrong = (metrics(tmp_path / name, "loss") for name in ("one", "ranks", "wrong"))
+    for key, bound in (("loss", 6 * 2**-24), ("grad_norm", 40 * 2**-24)):
+        assert all(abs(b[key] / a[key] - 1) <= bound for a, b in zip(one, ranks, strict=True)), key
+        assert all(abs(b[key] / a[key] - 1) > bound for a, b in zip(one, wrong, strict=True)), "control"
+
+
+# ---------------------------------------------------------------- the command itself
+
+def test_commands_in_real_processes(tmp_path):
+    """From another folder; a mistake is one line on stderr, nothing on stdout, and exit status 1."""
+    (tmp_path / "bad.py").write_text("lerning_rate = 1\n")
+    commands = {
+        ("configs/ngpt_tiny.py", "bad.py"): "bad.py: no field is called lerning_rate; did you mean learning",
+        ("--resume", "--out_dir=none"): "none/ckpt.pt: no checkpoint there; train a run first",
+        ("-h",): None,
+    }
+    for argv, message in commands.items():
+        status, out, err = finish(start(REPO / "train.py", *argv, cwd=tmp_path))
+        if message is None:
+            assert (status, err) == (0, "") and out.startswith("Train a model")
+        else:
+            assert (status, out) == (1, "") and err.count("\n") == 1
+            assert err.startswith(f"train.py: {message}")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.py"]
