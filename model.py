@@ -48,10 +48,12 @@ class ModelConfig:
     normalize_inputs: bool = True                  # ngpt: unit-norm inputs for the output projections as well
 
     def resolve(self):
-        """The same config with every None that depends on other fields filled in; checks that the sizes
-        fit."""
+        """The config with every None that depends on other fields filled in; checks that the sizes fit."""
         if not self.vocab_size:
             raise ValueError("vocab_size=None must be a number to build a model; set it")
+        for name in ("n_layer", "n_embd", "n_head", "block_size", "n_kv_head", "head_dim", "n_ffn"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}; or set "
                              "head_dim")
@@ -85,8 +87,7 @@ def rope_tables(T, D, base, device):
 
 
 def rope(x, cos, sin):
-    """Rotate the pairs (x_i, x_{i + D/2}) by their position's angle. x (B, H, T, D) -> the same, norm
-    unchanged."""
+    """Rotate the pairs (x_i, x_{i + D/2}) of x (B, H, T, D) by their position's angle; norms stay."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
@@ -174,7 +175,6 @@ class GPT(nn.Module):
     """The standard transformer: pre-norm residual blocks, RMSNorm, untied embedding and head, no biases.
 
     forward idx (B, T) int64 -> logits (B, T, V) or, with targets (B, T), the mean cross-entropy in nats, ()
-    fp32
     """
     mixers = {"*": Attention, "-": MLP}
     block = PreNormBlock
@@ -189,8 +189,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Gaussian; smaller where a block writes to the stream, so that its variance does not grow with
-        depth."""
+        """Gaussian; smaller where a block writes to the stream: its variance is not to grow with depth."""
         c = self.config
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
@@ -220,8 +219,7 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------- nGPT
 
 class NormalizedAttention(Attention):
-    """Attention between unit vectors: softmax(sqrt(D) (s q)(s k)^T) v, and a unit vector into the
-    out-projection.
+    """Attention of unit vectors: softmax(sqrt(D) (s q)(s k)^T) v, and a unit vector into the projection.
 
     s is learned, one per query channel, and both its factors are put on q; mix() divides by sqrt(D), so q
     gets D. source: 2605.06067 appendix A

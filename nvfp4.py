@@ -30,10 +30,8 @@ in blocks along its own axis of summation:
 Which rounding, block shape, rotation and tensor scale each operand gets is a recipe (see RECIPES): plain
 data.
 
-Layout of the code: one block is never a row of 16 numbers but one element of 16 "columns" - a list of 16
-equal tensors, the first holding the first value of every block, and so on. Everything inside a block (its
-maximum, the Hadamard rotation, the packing) is then elementwise between tensors, which reads like the
-mathematics and compiles to one SIMD lane per block.
+Layout of the code: a matrix is looked at as blocks, (R, C/16, 16) where the GEMM sums over columns and
+(R/16, 16, C) where it sums over rows. Whole-tensor PyTorch is the definition; torch.compile fuses it.
 
 Sources: 2509.25149 (the format and NVIDIA's recipe), 2605.06067 (nGPT's recipe). M N K are GEMM sizes
 throughout.
@@ -42,6 +40,7 @@ throughout.
 """
 import fnmatch
 import functools
+import itertools
 import json
 import math
 import re
@@ -51,6 +50,7 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # ---------------------------------------------------------------- constants of the format
 
@@ -59,9 +59,10 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of codes 0.
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0                                    # of the block scales (float8_e4m3fn)
 FLT_MAX = torch.finfo(torch.float32).max
-UNBIASED_TARGET = E2M1_MAX * 16 / 17            # rounding a block scale to E4M3 can enlarge x/scale by 17/16:
-#                                                     aiming at 6 * 16/17 keeps it within 6, so SR never
-# saturates
+# Rounding a block scale to E4M3 can enlarge x / scale by 17/16. Mapping the block's largest magnitude to this
+# instead of 6 keeps everything within 6, so that stochastic rounding never saturates.
+UNBIASED_TARGET = E2M1_MAX * 16 / 17
+
 # ---------------------------------------------------------------- E2M1: rounding one element
 
 
@@ -135,8 +136,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 def stream_key(seed, step, micro_batch, layer, operand):
-    """The Philox key of one operand of one GEMM in one micro-batch: ints or int64 tensors -> two 32-bit
-    words.
+    """The Philox key of an operand of a GEMM in a micro-batch, two 32-bit words: ints, or int64 tensors.
 
     seed is the run's; micro_batch counts globally (micro_step * ranks + rank), so two ranks draw what one
     process with two micro-batches draws; operand is an index into OPERANDS.
@@ -145,105 +145,29 @@ def stream_key(seed, step, micro_batch, layer, operand):
     return philox(step & MASK32, micro_batch & MASK32, layer, operand, *key)[:2]
 
 
-def random_bytes(block_index, key):
-    """16 bytes for the 16 elements of each block: one Philox call, counter = the block's position in the
-    tensor.
-
-    block_index int64, any shape; key (2,) int64. returns a list of 16 int64 tensors of that shape
-    """
-    zero = torch.zeros_like(block_index)
-    words = philox(block_index & MASK32, block_index >> 32, zero, zero, key[0], key[1])
-    return [(words[j // 4] >> (8 * (j % 4))) & 255 for j in range(BLOCK)]
-
-
 # ---------------------------------------------------------------- the random Hadamard transform
 
 # one vector for every layer and step: TransformerEngine's
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 
-def hadamard_columns(columns, signs, dtype):
-    """Rotate each block: x -> (x * signs) H / 4 with the 16-point Sylvester Hadamard matrix H; columns in
-    fp32.
+def hadamard(x, signs=SIGNS, axis=-1):
+    """Rotate x in blocks of 16 along axis: v -> (v * signs) H / 4, with the 16-point Sylvester matrix H.
 
     Orthogonal, so (A H)(B H)^T = A B^T: it changes no product, but spreads an outlier over its whole block.
-    Butterflies at distance 1, 2, 4, 8, in this order, in fp32; rounded to bf16 where x came in bf16.
+    Butterflies at distance 1, 2, 4, 8, in this order, in fp32; the result is rounded to x's dtype.
     source  2509.25149 section 4.2
     """
-    columns = [c * signs[j] for j, c in enumerate(columns)]
-    for stride in (1, 2, 4, 8):
-        columns = [columns[j - stride] - columns[j] if j & stride else columns[j] + columns[j + stride]
-                   for j in range(BLOCK)]
-    columns = [c * 0.25 for c in columns]
-    return [c.to(torch.bfloat16).float() for c in columns] if dtype == torch.bfloat16 else columns
+    signs = torch.as_tensor(signs, dtype=torch.float32, device=x.device)
+    axis %= x.dim()
+    return _hadamard_blocks(x.unflatten(axis, (-1, BLOCK)), signs, axis + 1).view(x.shape)
 
 
-def hadamard(x, signs=SIGNS):
-    """Rotate x (..., K) in blocks of 16 along its last axis; signs: 16 numbers +-1. Returns x's shape and
-    dtype."""
-    columns = hadamard_columns(_columns(x, x.dim() - 1), signs, x.dtype)
-    return torch.stack(columns, -1).reshape(x.shape).to(x.dtype)
-
-
-# ---------------------------------------------------------------- quantize: the definition
-
-def _columns(x, axis):
-    """x (R, C) as 16 fp32 tensors, the values of every block along axis: each (R, C/16) or, axis 0, (R/16,
-    C)."""
-    return [c.float() for c in x.unflatten(axis, (-1, BLOCK)).unbind(axis + 1)]
-
-
-def _amax_rotated(x, signs, axis):
-    """max |hadamard(x)| over the tensor, () fp32, without writing the rotated tensor."""
-    columns = hadamard_columns(_columns(x, axis), signs, x.dtype)
-    return functools.reduce(torch.maximum, [c.abs() for c in columns]).amax()
-
-
-def _quantize_blocks(x, amax, key, signs, axis, rows, unbiased, packed, dtype):
-    """The whole of NVFP4, from a tensor to codes (packed) or to the values code * scale that a GEMM consumes.
-
-    x       (R, C) bf16, fp16 or fp32; blocks along axis (1: the GEMM sums over C, 0: over R)
-    amax    () fp32; key (2,) int64 for stochastic rounding or None; signs (16,) fp32 for a rotation or None
-    rows    1 for 1x16 blocks, 16 for 16x16
-    returns packed: codes (R, C/2) uint8, scales (R/rows, C/16) float8_e4m3fn, s_dec ()    (axis 1 only)
-            else: values (R, C) in dtype, exact in bf16, without s_dec; scales; s_dec
-    """
-    s_enc, s_dec = tensor_scales(amax, unbiased)
-    columns = _columns(x, axis)
-    if signs is not None:
-        columns = hadamard_columns(columns, signs, x.dtype)
-
-    # the largest magnitude of each block gives its scale
-    amax_b = functools.reduce(torch.maximum, [c.abs() for c in columns])
-    if rows > 1:
-        amax_b = amax_b.unflatten(1 - axis, (-1, rows)).amax(2 - axis)
-    scales = block_scales(amax_b, s_enc, unbiased)
-    scale = scales.float() if rows == 1 else scales.float().repeat_interleave(rows, 1 - axis)
-    inverse = torch.clamp((scale * s_dec).reciprocal(), max=FLT_MAX)        # of the scale as rounded
-
-    # each element, divided by it, goes to the grid
-    byte = [None] * BLOCK
-    if key is not None:
-        index = torch.arange(scale.numel(), device=x.device) # of blocks in the matrix as the GEMM sees it
-        byte = random_bytes(index.view(scale.shape) if axis == 1 else index.view(scale.shape[::-1]).t(), key)
-    rounded = [e2m1(c.abs() * inverse, r) for c, r in zip(columns, byte, strict=True)]
-
-    if not packed:
-        values = [torch.copysign(value * scale, c).to(dtype)
-                  for (value, _), c in zip(rounded, columns, strict=True)]
-        return torch.stack(values, axis + 1).reshape(x.shape), scales, s_dec
-    negative = [c.view(torch.int32) < 0 for c in columns]                      # the sign bit, of -0.0 too
-    nibble = [torch.where(sign, code + 8, code).to(torch.int32)
-              for (_, code), sign in zip(rounded, negative, strict=True)]
-    words = [functools.reduce(torch.bitwise_or, [nibble[half + j] << (4 * j) for j in range(8)])
-             for half in (0, 8)]                    # 8 codes each, the first in the lowest bits
-    return torch.stack(words, -1).view(torch.uint8).reshape(x.shape[0], -1), scales, s_dec
-
+# ---------------------------------------------------------------- compiling the definition
 
 @functools.cache
 def can_compile(kind):
-    """Whether torch.compile works for a device type here (on CPU it needs a C++ compiler); says so where
-    not."""
+    """Whether torch.compile works for a device type here (on CPU it needs a C++ compiler); says so if not."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(32, device=kind))
         return True
@@ -254,25 +178,106 @@ def can_compile(kind):
         return False
 
 
-def compiled(function):
+def compiled(definition):
     """Decorator: the function fused by torch.compile where that works, as it is where not; the same bits."""
-    # The inputs of a block lie side by side, so that lanes load 16 apart; inductor's heuristic would rather
-    # not vectorize that, at five times the cost. One function serves a few dozen cases, each compiled when it
-    # comes.
-    fused = torch.compile(function, dynamic=True, fullgraph=True,
+    # inductor's heuristic would rather not vectorize loads that lie 16 apart, at several times the cost
+    fused = torch.compile(definition, dynamic=True, fullgraph=True,
                           options={"cpp.enable_tiling_heuristics": False})
 
-    @functools.wraps(function)
+    @functools.wraps(definition)
     def run(x, *args):
         if not can_compile(x.device.type):
-            return function(x, *args)
+            return definition(x, *args)
+        torch._dynamo.config.specialize_float = True                            # constants stay constants
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         return fused(x, *args)
     return run
 
 
-_quantize_blocks_fused = compiled(_quantize_blocks)
-_amax_rotated_fused = compiled(_amax_rotated)
+# ---------------------------------------------------------------- quantize: the definition
+# In the functions below blocks is a matrix seen as blocks, (R, C/16, 16) with dim = 2, or (R/16, 16, C) with
+# dim = 1; dim is the axis inside a block. What belongs to a block has the shape without it, (R, C/16) or
+# (R/16, C).
+
+@compiled
+def _hadamard_blocks(blocks, signs, dim):
+    """hadamard() along dim; signs (16,) fp32."""
+    v = [v.float() * signs[j] for j, v in enumerate(blocks.unbind(dim))]
+    for stride in (1, 2, 4, 8):
+        v = [v[j - stride] - v[j] if j & stride else v[j] + v[j + stride] for j in range(BLOCK)]
+    return torch.stack([w * 0.25 for w in v], dim).to(blocks.dtype)
+
+
+@compiled
+def _scale_blocks(blocks, amax, dim, rows, unbiased):
+    """Block scales from block maxima.
+
+    returns scales float8_e4m3fn, one for each 1x16 (rows 1) or 16x16 (rows 16) block; the same in fp32, and
+            factor for the elements, min(1 / (scale * s_dec), FLT_MAX), each for every 1x16 block; s_dec
+    """
+    s_enc, s_dec = tensor_scales(amax, unbiased)
+    amax_b = blocks.abs().amax(dim).float()
+    across = 2 - dim                                                            # the axis across the blocks
+    if rows > 1:
+        amax_b = amax_b.unflatten(across, (-1, rows)).amax(across + 1)
+    scales = block_scales(amax_b, s_enc, unbiased)
+    scale = scales.float()
+    inverse = torch.clamp((scale * s_dec).reciprocal(), max=FLT_MAX)            # of the scale as rounded
+    if rows > 1:
+        scale, inverse = scale.repeat_interleave(rows, across), inverse.repeat_interleave(rows, across)
+    return scales, scale, inverse, s_dec
+
+
+@compiled
+def _random_words(key, R, C, dim):
+    """The 16 random bytes of each 1x16 block as two int64 in the shape of the blocks, (..., 2).
+
+    One Philox call a block, its counter the block's position in the matrix that the GEMM sees, whose rows are
+    cut into blocks: row * blocks_per_row + block. key (2,) int64.
+    """
+    i, j = torch.arange(R, device=key.device)[:, None], torch.arange(C, device=key.device)
+    index = i * C + j if dim == 2 else j * R + i    # dim 1: the GEMM sees C rows of R blocks
+    zero = torch.zeros_like(index)
+    w = philox(index & MASK32, index >> 32, zero, zero, key[0], key[1])
+    return torch.stack([w[0] | w[1] << 32, w[2] | w[3] << 32], -1)
+
+
+def random_bytes(key, shape, dim):
+    """uint8 for every element: byte j of a block's 16 for its element j. shape: the blocks' without dim."""
+    byte = _random_words(key, *shape, dim).view(torch.uint8)                    # little-endian, w[0] first
+    return byte if dim == 2 else byte.transpose(1, 2)
+
+
+@compiled
+def _round_blocks(blocks, scale, inverse, byte, dim, dtype):
+    """Divide each element by its block's scale and round it to the grid.
+
+    returns for a dtype: code * scale in it, exact in bf16; for None: codes uint8, 0..15
+    """
+    x = blocks.float()
+    value, code = e2m1(x.abs() * inverse.unsqueeze(dim), byte)
+    negative = x.view(torch.int32) < 0                                          # the sign bit, of -0.0 too
+    if dtype is None:
+        return torch.where(negative, code + 8, code).to(torch.uint8)
+    value = value * scale.unsqueeze(dim)
+    return torch.where(negative, -value, value).to(dtype)
+
+
+@compiled
+def _pack(codes):
+    """Pairs of codes, (n,) int16 with a code in each byte -> one byte, the low nibble from the low byte."""
+    return (codes & 15 | codes >> 4).to(torch.uint8)
+
+
+def _quantize(x, amax, key, axis, rows, unbiased, dtype):
+    """The whole of NVFP4: x (R, C), blocks of rows x 16 along axis, amax () fp32, key (2,) int64 or None.
+
+    returns for a dtype: values (R, C); for None: codes (R, C) uint8, one a byte; scales; s_dec ()
+    """
+    blocks, dim = x.unflatten(axis, (-1, BLOCK)), axis + 1
+    scales, scale, inverse, s_dec = _scale_blocks(blocks, amax, dim, rows, unbiased)
+    byte = None if key is None else random_bytes(key, scale.shape, dim)
+    return _round_blocks(blocks, scale, inverse, byte, dim, dtype).view(x.shape), scales, s_dec
 
 
 def _check(x, axis, block):
@@ -290,12 +295,10 @@ def _check_size(name, size, of):
                          "out with --fp4_skip")
 
 
-def _amax(x, amax, axis=1, signs=None):
+def _amax(x, amax):
     """The number that fixes the tensor scale, () fp32 on x's device: given, or the largest magnitude."""
     if amax is not None:
-        return torch.full((), float(amax), device=x.device) if not torch.is_tensor(amax) else amax.float()
-    if signs is not None:
-        return _amax_rotated_fused(x, signs, axis)
+        return torch.full((), float(amax), device=x.device)
     low, high = torch.aminmax(x)
     return torch.maximum(-low, high).float()
 
@@ -342,9 +345,8 @@ def quantize(x, block=(1, BLOCK), stochastic=False, seed=0, amax=None, unbiased=
 
     x       (M, K) bf16, fp16 or fp32; K a multiple of 16 (for block (16, 16) M too)
     seed    64-bit integer (or its two 32-bit words as a (2,) int64 tensor): the key of stochastic rounding
-    amax    a number skips the search for the largest magnitude; larger values then saturate (see
-    count_saturated) unbiased map a block's largest magnitude to 6 * 16/17, so that stochastic rounding never
-    saturates
+    amax    a number skips the search for the largest magnitude; what exceeds it saturates (count_saturated)
+    unbiased    map a block's largest magnitude to 6 * 16/17, so that stochastic rounding never saturates
     error   mean square 9.0e-3 (nearest, 1x16), 12.4e-3 (16x16), 18.8e-3 (stochastic), 23.5e-3 (stochastic,
             unbiased) on unit Gaussians: tests/test_nvfp4.py, test_gaussian_mse
     source  2509.25149 appendix B
@@ -353,13 +355,12 @@ def quantize(x, block=(1, BLOCK), stochastic=False, seed=0, amax=None, unbiased=
     _check(x, 1, block)
     amax = _amax(x, amax)
     key = _key(seed, x.device) if stochastic else None
-    codes, scales, _ = _quantize_blocks_fused(x, amax, key, None, 1, block[0], unbiased, True, torch.bfloat16)
-    return NVFP4Tensor(codes, scales, amax, unbiased)
+    codes, scales, _ = _quantize(x, amax, key, 1, block[0], unbiased, None)
+    return NVFP4Tensor(_pack(codes.contiguous().view(torch.int16)), scales.contiguous(), amax, unbiased)
 
 
 def count_saturated(x, amax, block=(1, BLOCK)):
-    """How many blocks of x hold a magnitude above amax: under that fixed amax their scale is capped at
-    448."""
+    """How many blocks of x (M, K) hold a magnitude above a fixed amax: their scale is capped at 448."""
     _check(x, 1, block)
     blocks = x.float().abs().unflatten(1, (-1, BLOCK)).unflatten(0, (-1, block[0]))
     return int((blocks.amax((1, 3)) > amax).sum())
@@ -371,17 +372,20 @@ def fake_quantize(x: torch.Tensor, key: torch.Tensor | None = None, signs: torch
                   dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize and decode in one pass: the operand of a GEMM on hardware that has no FP4.
 
-    x       (R, C), blocks of (1 or rows) x 16 along axis; key and signs as in _quantize_blocks returns values
-    (R, C) in dtype: code * scale, exact in bf16; s_dec () fp32, to be applied to the GEMM's result.
-            Where R or C does not fill its last block, values are padded with zeros that add nothing to the
-            GEMM.
+    x       (R, C), blocks of rows x 16 along axis
+    key     (2,) int64: round stochastically; signs (16,) fp32: rotate first; amax: as in quantize()
+    returns values (R, C) in dtype: code * scale, exact in bf16, padded with zeros where axis does not fill
+            its last block; s_dec () fp32, to be applied to the GEMM's result
+    raises  ValueError for rows = 16 where the other axis does not divide
     """
+    x = x.contiguous()
     short = -x.shape[axis] % BLOCK
     if short:
         x = F.pad(x, (0, short) if axis == 1 else (0, 0, 0, short))
     _check(x, axis, (rows, BLOCK))
-    amax = _amax(x, amax, axis, signs)
-    values, _, s_dec = _quantize_blocks_fused(x, amax, key, signs, axis, rows, unbiased, False, dtype)
+    if signs is not None:
+        x = hadamard(x, signs, axis)
+    values, _, s_dec = _quantize(x, _amax(x, amax), key, axis, rows, unbiased, dtype)
     return values, s_dec
 
 
@@ -396,8 +400,7 @@ def _(x, key=None, signs=None, amax=None, axis=1, rows=1, unbiased=False, dtype=
 
 @functools.cache
 def cpu_has_bf16():
-    """Whether this CPU multiplies bf16 in hardware; elsewhere an fp32 GEMM on the same exact values is
-    faster."""
+    """Whether this CPU multiplies bf16 in hardware; elsewhere fp32 GEMMs on the same values are faster."""
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -447,8 +450,8 @@ class FP4Config:
     gemms: tuple[str, ...] = GEMMS               # which GEMMs of a linear layer run in FP4: fprop,dgrad,wgrad
     stochastic: tuple[str, ...] = ("dgrad.dy", "wgrad.dy")  # operands rounded stochastically
     unbiased: bool = False                        # stochastic operands aim at 6*16/17, so that none saturates
-    hadamard: tuple[str, ...] = ()                # GEMMs whose two operands are rotated along the summed axis
-    signs: str = "fixed"                      # signs of the rotation: fixed, none, or fresh every micro-batch
+    hadamard: tuple[str, ...] = ()                  # GEMMs whose operands are rotated along the summed axis
+    signs: str = "fixed"                            # of the rotation: fixed, none, or fresh (drawn each step)
     weight_block: str = "16x16"                     # 16x16 (one copy serves fprop and dgrad) or 1x16
     input_amax: float | None = None           # a number fixes the tensor scale of activations; None: measured
     weight_amax: float | None = None                # the same for weights
@@ -490,8 +493,7 @@ RECIPES = {
 # ---------------------------------------------------------------- the linear layer
 
 class _FP4Function(torch.autograd.Function):
-    """The three GEMMs. x (M, K), w (N, K) fp32 master weight, layer: its FP4Config, keys and quantized
-    weight."""
+    """The three GEMMs: x (M, K), w (N, K) the fp32 master weight, layer the FP4Linear that they belong to."""
 
     @staticmethod
     def forward(ctx, x, w, layer):
@@ -526,6 +528,18 @@ class _FP4Function(torch.autograd.Function):
         return dx, dw, None
 
 
+@functools.cache
+def _optimizer_steps():
+    """A counter, in a list, of the steps of all optimizers: fused ones change weights behind autograd's back,
+    without the version counter of the tensor noticing."""
+    count = [0]
+
+    def add(*_):
+        count[0] += 1
+    register_optimizer_step_post_hook(add)
+    return count
+
+
 class FP4Linear(torch.nn.Linear):
     """nn.Linear whose GEMMs run in NVFP4; same parameters and state_dict. Use convert() to make them.
 
@@ -540,8 +554,9 @@ class FP4Linear(torch.nn.Linear):
         self.cfg, self.index = cfg, index      # index: which linear layer of the model, for the random stream
         self.fp4 = True                             # False: high precision for now, see high_precision()
         self.version = None                       # of the weight that w_fprop and w_dgrad were quantized from
-        keys = torch.zeros(len(OPERANDS), 2, dtype=torch.int64, device=linear.weight.device)
-        self.register_buffer("keys", keys, persistent=False)
+        # no buffer: DistributedDataParallel would overwrite it with the first rank's
+        self.keys = torch.zeros(len(OPERANDS), 2, dtype=torch.int64, device=linear.weight.device)
+        _optimizer_steps()                          # starts counting
         _check_size("K", self.in_features, BLOCK)
         _check_size("N", self.out_features, BLOCK)
 
@@ -559,17 +574,17 @@ class FP4Linear(torch.nn.Linear):
 
     def rotation(self, gemm_name):
         """Signs (16,) fp32 of the rotation, the same for both operands of a GEMM."""
-        if self.cfg.signs == "fresh":               # 16 bits of the key of the GEMM's first operand
-            bits = self.keys[2 * GEMMS.index(gemm_name), 0]
+        if self.cfg.signs == "fresh":               # 16 bits of a key; of the weight's, where it takes part
+            bits = self.keys[{"fprop": 1, "dgrad": 3, "wgrad": 4}[gemm_name], 0]
             return 1.0 - 2.0 * ((bits >> torch.arange(BLOCK, device=bits.device)) & 1)
         return torch.tensor(SIGNS if self.cfg.signs == "fixed" else (1,) * BLOCK, dtype=torch.float32,
-                            device=self.keys.device)
+                            device=self.weight.device)
 
     @torch.no_grad()
     def refresh(self):
         """Quantize the weight if it has changed since the last time."""
         w, cfg = self.weight, self.cfg
-        version = (w._version, w.data_ptr())
+        version = (w._version, w.data_ptr(), _optimizer_steps()[0])
         if self.version == version:
             return
         self.version = version
@@ -612,8 +627,8 @@ def set_step(model, seed, step, micro_batch=0):
         operand = torch.arange(len(OPERANDS))[None, :]                          # (1, 6)
         micro = torch.tensor([0 if name.endswith(".w") else micro_batch for name in OPERANDS])
         keys = torch.stack(stream_key(seed, step, micro, layer, operand), -1)   # (n, 6, 2)
-        for m, key in zip(layers, keys, strict=True):
-            m.keys.copy_(key)
+        for m, key in zip(layers, keys.to(layers[0].weight.device), strict=True):
+            m.keys = key
 
 
 class high_precision:
@@ -680,8 +695,7 @@ def capability(device=None):
 
 
 def _median_ms(functions, repeat=15):
-    """Median milliseconds of each function: all warmed up, then timed in turn, so that they share the
-    machine."""
+    """Median milliseconds of each function, warmed up, then timed in turn: they share the machine's moods."""
     for f in functions * 2:
         f()
     times = [[] for _ in functions]
@@ -694,8 +708,7 @@ def _median_ms(functions, repeat=15):
 
 
 def _linear_step(recipe, x, dy, n):
-    """A function that runs forward + backward of a Linear(K, n) after a weight update, as a training step
-    does."""
+    """A function that runs forward and backward of a Linear(K, n), after a weight update as in training."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(x.shape[1], n, bias=False)
     if recipe != "fp32":
@@ -710,9 +723,29 @@ def _linear_step(recipe, x, dy, n):
     return step
 
 
+def _training_step(*overrides):
+    """A function that runs one optimizer step of configs/ngpt_tiny.py, put together as train.py does."""
+    import train                                    # the one place where this file looks at the others
+    from model import build
+    c = train.load_config(["configs/ngpt_tiny.py", *overrides])
+    device, dtype = train.choose_device(c)
+    torch.manual_seed(0)
+    model = convert(build(c.model).to(device), c.fp4, report=lambda line: None)
+    train.compile_model(model, c)
+    optimizer, steps = train.make_optimizer(model, c), itertools.count()
+    idx = torch.randint(c.model.vocab_size, (c.batch_size, c.model.block_size + 1), device=device)
+
+    def step():
+        set_step(model, c.seed, next(steps))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        train.update(model, optimizer, c.grad_clip)
+    return step
+
+
 def benchmark():
-    """Rows of (what, milliseconds, ratio to its yardstick, the yardstick), measured side by side in this
-    process."""
+    """Rows of (what, milliseconds, ratio to its yardstick, the yardstick), measured side by side."""
     x = torch.randn(4096, 4096)
     names = ("4096 x 4096 fp32: x.clone()", "copy into place", "quantize, nearest, codes",
              "quantize, stochastic, codes", "fake_quantize, nearest, bf16 values",
@@ -728,6 +761,12 @@ def benchmark():
     rows.append(("Linear(2048, 2048), 2048 tokens, forward + backward, fp32", plain, 1.0, "plain fp32 layer"))
     rows += [(f"the same in the {r} recipe", t, t / plain, "plain fp32 layer")
              for r, t in zip(("nvfp4", "ngpt"), ms, strict=True)]
+    steps = [_training_step("--recipe=bf16", "--dtype=float32"), _training_step("--recipe=bf16"),
+             _training_step("--recipe=ngpt")]
+    plain, *ms = _median_ms(steps, repeat=7)
+    rows.append(("training step of ngpt_tiny, 4096 tokens, fp32", plain, 1.0, "the fp32 step"))
+    rows += [(f"the same in the {r} recipe", t, t / plain, "the fp32 step")
+             for r, t in zip(("bf16", "ngpt"), ms, strict=True)]
     return rows
 
 
@@ -763,4 +802,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    sys.modules["nvfp4"] = sys.modules["__main__"]  # train.py imports this file: let it find the one running
     main(sys.argv[1:])

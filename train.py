@@ -88,8 +88,7 @@ class UserError(ValueError):
 
 
 def schema():
-    """name -> (owner class, field name, type) of every field that a config file or the command line can
-    set."""
+    """name -> (owner class, its field, type) for all that a config file or the command line can set."""
     table = {}
     for prefix, owner in (("", Config), ("", ModelConfig), ("fp4_", FP4Config)):
         hints = typing.get_type_hints(owner)
@@ -125,14 +124,14 @@ def _convert(name, value, hint):
             return tuple(w for w in (value.split(",") if isinstance(value, str) else map(str, value)) if w)
         if kind is bool and isinstance(value, str):
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-        if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            number = float(value)
-            if kind is float:
-                return number
-            whole = int(value) if re.fullmatch(r"[-+]?[\d_]+", str(value)) else int(number)
-            if whole == number:                     # 1e6 is a whole number too
-                return whole
-        elif isinstance(value, kind):
+        if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            return float(value)
+        if kind is int and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            if re.fullmatch(r"[-+]?[\d_]+", str(value)):
+                return int(value)
+            if float(value).is_integer():           # 1e6 is a whole number too
+                return int(float(value))
+        elif type(value) is kind:
             return value
     except (ValueError, KeyError, OverflowError, TypeError):
         pass
@@ -212,7 +211,8 @@ def make_config(settings, name="run"):
             raise UserError(f"{name}={getattr(c, name)} must be 1 or more")
     for name, low, high in (("warmup_steps", 0, c.max_steps), ("stop_at", 1, c.max_steps),
                             ("learning_rate", 0, math.inf), ("grad_clip", 0, math.inf),
-                            ("decay_fraction", 0, 1), ("seed", 0, 2**64 - 1)):
+                            ("decay_fraction", 0, 1), ("seed", 0, 2**64 - 1), ("beta1", 0, 1),
+                            ("beta2", 0, 1), ("weight_decay", 0, math.inf)):
         if not low <= (low if getattr(c, name) is None else getattr(c, name)) <= high:
             raise UserError(f"{name}={getattr(c, name)} must be in [{low}, {high}]")
     return c
@@ -251,17 +251,15 @@ def data_folder(c):
 
 
 def load_data(c, rank=0):
-    """(train ids, val ids, header of val, tokenizer) of a dataset; prepares it where it is missing and can
-    be."""
+    """(train ids, val ids, header of val, tokenizer, vocabulary); prepares a dataset that is missing."""
     folder = data_folder(c)
     script = folder / "prepare.py"
-    if not (folder / "train.bin").exists() and c.dataset != "text" and script.exists():
-        if rank == 0:
-            print(f"preparing {c.dataset}: python {script.relative_to(REPO)}", flush=True)
-            if subprocess.run([sys.executable, str(script)]).returncode:
-                raise UserError(f"dataset={c.dataset}: {script.relative_to(REPO)} failed; see above")
-        if dist.is_initialized():
-            dist.barrier()
+    if rank == 0 and not (folder / "train.bin").exists() and c.dataset != "text" and script.exists():
+        print(f"preparing {c.dataset}: python {script}", flush=True)
+        if subprocess.run([sys.executable, str(script)]).returncode:
+            raise UserError(f"dataset={c.dataset}: {script} failed; see above")
+    if dist.is_initialized():
+        dist.barrier()
     (train, head), (val, val_head) = read_tokens(folder / "train.bin"), read_tokens(folder / "val.bin")
     need = c.model.block_size + 1
     for name, ids in (("train.bin", train), ("val.bin", val)):
@@ -284,8 +282,7 @@ def batch_at(ids, starts, T, device):
 
 
 def train_starts(c, n_tokens, step):
-    """Where the samples of a step begin, (gradient_accumulation_steps, batch_size): a function of seed and
-    step."""
+    """Where the samples of a step begin, (gradient_accumulation_steps, batch_size), from seed and step."""
     rng = np.random.Generator(np.random.Philox(key=c.seed, counter=[0, 0, 0, step]))
     return rng.integers(0, n_tokens - c.model.block_size, (c.gradient_accumulation_steps, c.batch_size))
 
@@ -322,8 +319,10 @@ def make_optimizer(model, c):
 # ---------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, model, optimizer, step, c):
-    """Written beside the old one, flushed to disk, then renamed: a kill at any moment leaves one that
-    loads."""
+    """Written beside the old one, flushed to disk, then renamed: a kill at any moment leaves one that loads.
+
+    The folder is flushed too, so that the rename survives a power cut.
+    """
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
@@ -331,6 +330,10 @@ def save_checkpoint(path, model, optimizer, step, c):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -339,7 +342,8 @@ def load_checkpoint(path, device="cpu"):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise UserError(f"{path}: not a checkpoint of this code ({str(error).splitlines()[0]})") from None
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a checkpoint of this code ({why})") from None
 
 
 def check_resumable(c, old):
@@ -412,6 +416,27 @@ def agreed(flag, device):
     return bool(votes > 0)
 
 
+def compile_model(model, c):
+    """Fuse what lies between the GEMMs, block by block: equal blocks share one compilation."""
+    if not c.compile or not nvfp4.can_compile(model.embed.weight.device.type):
+        return False
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    model.loss = torch.compile(model.loss, dynamic=False)
+    return True
+
+
+def update(model, optimizer, grad_clip):
+    """One step of the optimizer and back onto the sphere; nothing where the gradient is not finite. Returns
+    the gradient's norm."""
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+    if math.isfinite(norm):
+        optimizer.step()
+        model.normalize_()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 class Log:
     """Console and log.txt, and metrics.jsonl; silent on all ranks but the first."""
 
@@ -460,7 +485,11 @@ def train(c):
 
     # --- model, optimizer, and the step to begin with
     torch.manual_seed(c.seed)
-    model = build(c.model).to(device)
+    lines = []
+    try:
+        model = nvfp4.convert(build(c.model).to(device), c.fp4, report=lines.append)
+    except ValueError as error:                     # sizes that do not fit each other, or the blocks of 16
+        raise UserError(str(error)) from None
     optimizer = make_optimizer(model, c)
     first_step = 0
     if saved:
@@ -477,13 +506,9 @@ def train(c):
         (out / "config.json").write_text(json.dumps(flatten(c), indent=1) + "\n")
     total, active = count_parameters(model)
     log(f"{c.model.arch} with {total:,} parameters ({active:,} without the embedding), recipe {c.recipe}, "
-        f"{str(dtype).removeprefix('torch.')} activations\n{nvfp4.capability(device)}")
-    nvfp4.convert(model, c.fp4, report=log)
-    if c.compile and nvfp4.can_compile(device.type):
+        f"{str(dtype).removeprefix('torch.')} activations\n{nvfp4.capability(device)}\n{lines[0]}")
+    if compile_model(model, c):
         log("compiling: the first step takes a minute or so; the next run finds the kernels cached")
-        for block in model.blocks:
-            block.compile(dynamic=False)
-        model.loss = torch.compile(model.loss, dynamic=False)
     step_model = model
     if world > 1:
         step_model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -541,14 +566,10 @@ def train(c):
         if world > 1:
             dist.all_reduce(total_loss)
             total_loss /= world
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-        loss, norm = float(total_loss), float(norm)
+        loss, norm = float(total_loss), update(model, optimizer, c.grad_clip)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: stopped; the last checkpoint "
                             f"in {c.out_dir} is untouched; lower learning_rate, or look at the data")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        model.normalize_()
 
         # --- report
         times.append(time.perf_counter() - start)
