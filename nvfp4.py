@@ -405,6 +405,12 @@ def cpu_has_bf16():
     return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def gemm_dtype(device, out_dtype):
+    """The dtype of gemm()'s operands: bf16, but fp32 on a CPU for an fp32 result or without bf16 units."""
+    bf16 = device.type == "cuda" or (cpu_has_bf16() and out_dtype == torch.bfloat16)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 @torch.library.custom_op("nvfp4::gemm", mutates_args=())
 def gemm(a: torch.Tensor, b: torch.Tensor, alpha: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """alpha * a @ b: a (M, K) and b (K, N) hold exact bf16 values (in bf16, or in fp32 for an fp32 result on
@@ -412,16 +418,18 @@ def gemm(a: torch.Tensor, b: torch.Tensor, alpha: torch.Tensor, dtype: torch.dty
 
     returns (M, N) in dtype; products exact, accumulated in fp32, alpha applied in fp32, rounded to dtype once
     """
+    want = gemm_dtype(a.device, dtype)
+    a, b = a.to(want), b.to(want)
     if a.is_cuda:
         return (torch.mm(a, b, out_dtype=torch.float32) * alpha).to(dtype)
-    empty = a.new_empty((), dtype=dtype)
-    if dtype == torch.bfloat16 and cpu_has_bf16():
-        return torch.addmm(empty, a.bfloat16(), b.bfloat16(), beta=0, alpha=float(alpha))
+    empty = a.new_empty(())
+    if want == torch.bfloat16:
+        return torch.addmm(empty, a, b, beta=0, alpha=float(alpha))
     precision = torch.backends.mkldnn.matmul.fp32_precision
     if cpu_has_bf16():                         # fp32 in and out, multiplied as bf16: exact for these operands
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
-        return torch.addmm(empty.float(), a.float(), b.float(), beta=0, alpha=float(alpha)).to(dtype)
+        return torch.addmm(empty, a, b, beta=0, alpha=float(alpha)).to(dtype)
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = precision
 
@@ -502,7 +510,7 @@ class _FP4Function(torch.autograd.Function):
         # === fprop: y = x w^T ===
         if "fprop" not in layer.cfg.gemms:
             return F.linear(x, w.to(x.dtype))
-        xq, x_dec = layer.operand("fprop.x", x, axis=1, dtype=x.dtype)          # (M, K)
+        xq, x_dec = layer.operand("fprop.x", x, axis=1, out_dtype=x.dtype)      # (M, K)
         wq, w_dec = layer.w_fprop, layer.w_fprop_dec                            # (N, K)
         return gemm(xq, wq.t(), x_dec * w_dec, x.dtype)                         # (M, N)
 
@@ -513,16 +521,16 @@ class _FP4Function(torch.autograd.Function):
         # === dgrad: dx = dy w ===
         if ctx.needs_input_grad[0]:
             if "dgrad" in layer.cfg.gemms:
-                dyq, dy_dec = layer.operand("dgrad.dy", dy, axis=1, dtype=dy.dtype)  # (M, N), blocks along N
-                dx = gemm(dyq, layer.w_dgrad, dy_dec * layer.w_dgrad_dec, dy.dtype)  # (M, K)
+                dyq, dy_dec = layer.operand("dgrad.dy", dy, axis=1, out_dtype=dy.dtype)  # (M, N)
+                dx = gemm(dyq, layer.w_dgrad, dy_dec * layer.w_dgrad_dec, dy.dtype)      # (M, K)
             else:
                 dx = dy @ w.to(dy.dtype)
         # === wgrad: dw = dy^T x, into fp32, because micro-batches and ranks are summed ===
         if ctx.needs_input_grad[1]:
             if "wgrad" in layer.cfg.gemms:
-                dyq, dy_dec = layer.operand("wgrad.dy", dy, axis=0, dtype=w.dtype)   # (M, N), blocks along M
-                xq, x_dec = layer.operand("wgrad.x", x, axis=0, dtype=w.dtype)       # (M, K), blocks along M
-                dw = gemm(dyq.t(), xq, dy_dec * x_dec, w.dtype)                      # (N, K)
+                dyq, dy_dec = layer.operand("wgrad.dy", dy, axis=0, out_dtype=w.dtype)   # (M, N)
+                xq, x_dec = layer.operand("wgrad.x", x, axis=0, out_dtype=w.dtype)       # (M, K)
+                dw = gemm(dyq.t(), xq, dy_dec * x_dec, w.dtype)                          # (N, K)
             else:
                 dw = (dy.t() @ x).to(w.dtype)
         return dx, dw, None
@@ -560,12 +568,12 @@ class FP4Linear(torch.nn.Linear):
         _check_size("K", self.in_features, BLOCK)
         _check_size("N", self.out_features, BLOCK)
 
-    def operand(self, name, tensor, axis, dtype):
-        """Quantize an operand of a GEMM as the recipe says -> values (same shape, in dtype), s_dec ()."""
+    def operand(self, name, tensor, axis, out_dtype):
+        """Quantize an operand of a GEMM with a result in out_dtype, as the recipe says: values, s_dec ()."""
         cfg, (gemm_name, kind) = self.cfg, name.split(".")
         stochastic = name in cfg.stochastic
         return fake_quantize(
-            tensor.detach(), axis=axis, dtype=dtype,
+            tensor.detach(), axis=axis, dtype=gemm_dtype(tensor.device, out_dtype),
             key=self.keys[OPERANDS.index(name)] if stochastic else None,
             signs=self.rotation(gemm_name) if gemm_name in cfg.hadamard else None,
             amax={"x": cfg.input_amax, "w": cfg.weight_amax, "dy": cfg.grad_amax}[kind],
@@ -588,13 +596,11 @@ class FP4Linear(torch.nn.Linear):
         if self.version == version:
             return
         self.version = version
-        # values are exact in bf16, so this dtype is a matter of which GEMM follows
-        dtype = torch.bfloat16 if w.is_cuda or cpu_has_bf16() else torch.float32
-        self.w_fprop, self.w_fprop_dec = self.operand("fprop.w", w, axis=1, dtype=dtype)
+        self.w_fprop, self.w_fprop_dec = self.operand("fprop.w", w, axis=1, out_dtype=torch.bfloat16)
         self.w_dgrad, self.w_dgrad_dec = self.w_fprop, self.w_fprop_dec
         shared = cfg.weight_block == "16x16" and not {"fprop", "dgrad"} & set(cfg.hadamard)
         if not shared or {"fprop.w", "dgrad.w"} & set(cfg.stochastic):
-            self.w_dgrad, self.w_dgrad_dec = self.operand("dgrad.w", w, axis=0, dtype=dtype)
+            self.w_dgrad, self.w_dgrad_dec = self.operand("dgrad.w", w, axis=0, out_dtype=torch.bfloat16)
 
     @torch.compiler.disable                     # fused inside; a compiled model breaks its graph around GEMMs
     def forward(self, x):

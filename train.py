@@ -445,7 +445,8 @@ class Log:
         if rank == 0:
             metrics = folder / "metrics.jsonl"      # what came after the checkpoint is about to be done again
             kept = metrics.read_text().splitlines() if metrics.exists() else []
-            kept = [line for line in kept if json.loads(line)["step"] < first_step]
+            whole = [line for line in kept if line.endswith("}")]               # a kill can cut the last one
+            kept = [line for line in whole if json.loads(line)["step"] < first_step]
             metrics.write_text("".join(line + "\n" for line in kept))
 
     def __call__(self, text):
@@ -460,8 +461,22 @@ class Log:
                 file.write(json.dumps(values) + "\n")
 
 
-def train(c):
-    """Train as the config says; returns the last evaluation as a dict."""
+@contextlib.contextmanager
+def catch_signals():
+    """A list that receives the names of SIGINT and SIGTERM, which end a run after the step under way."""
+    caught = []
+    previous = {s: signal.signal(s, lambda number, _: caught.append(signal.Signals(number).name))
+                for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+def train(c, stop=()):
+    """Train as the config says, until stop, a list that signals fill, is not empty. Returns the last
+    evaluation as a dict."""
     # --- where we are: one process, or one of torchrun's
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, dtype = choose_device(c, int(os.environ.get("LOCAL_RANK", 0)))
@@ -516,11 +531,6 @@ def train(c):
     def autocast():
         return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
-    # --- a signal ends the run after the step under way, with a checkpoint
-    stop = []
-    previous = {s: signal.signal(s, lambda number, _: stop.append(signal.Signals(number).name))
-                for s in (signal.SIGINT, signal.SIGTERM)}
-
     tokens_per_step = c.gradient_accumulation_steps * c.batch_size * c.model.block_size
     micro_steps = c.gradient_accumulation_steps // world
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
@@ -573,7 +583,7 @@ def train(c):
 
         # --- report
         times.append(time.perf_counter() - start)
-        recent = sum(times[-20:]) / len(times[-20:])
+        recent = float(np.median(times[-20:]))      # not the mean: a first step compiles
         log.metrics(step=step, loss=loss, lr=lr, grad_norm=norm, tokens=(step + 1) * tokens_per_step,
                     ms=1e3 * times[-1])
         if step % c.log_interval == 0 or step + 1 == last_step:
@@ -584,11 +594,9 @@ def train(c):
                 f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")
 
     # --- the end, reached or asked for
-    for s, handler in previous.items():
-        signal.signal(s, handler)
     if stopped:
         log(f"{stop[0] if stop else 'signal'}: stopped at step {step}; continue with --resume")
-    elif c.sample_tokens:
+    elif c.sample_tokens and rank == 0:
         nvfp4.set_step(model, c.seed, step)
         model.eval()
         with autocast(), torch.compiler.set_stance("force_eager"):             # not a kernel for every length
@@ -604,7 +612,8 @@ def main(argv):
         print(help_text())
         return
     try:
-        train(load_config(argv))
+        with catch_signals() as stop:
+            train(load_config(argv), stop)
     except (UserError, DataError) as error:
         sys.exit(f"train.py: {error}")
 

@@ -11,7 +11,7 @@ vocab_size = 4096
 
 batch_size = 16
 max_steps = 400
-learning_rate = 4e-3
+learning_rate = 2e-3
 warmup_steps = 40
 weight_decay = 0.1
 eval_interval = 100

@@ -12,6 +12,6 @@ vocab_size = 4096
 
 batch_size = 16
 max_steps = 400
-learning_rate = 4e-3
+learning_rate = 8e-3
 eval_interval = 100
 eval_iters = 8

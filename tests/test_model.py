@@ -286,7 +286,8 @@ def test_generate():
     assert greedy.shape == (1, 45) and torch.equal(greedy[:, :5], prompt)
     assert torch.equal(generate(model, prompt, 40, top_k=1), greedy)
     assert torch.equal(greedy[0, 5], model(prompt)[0, -1].argmax())
-    one, two, other = [generate(model, prompt, 20, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    one, two, other = [generate(model, prompt, 20, generator=torch.Generator().manual_seed(seed))
+                       for seed in (1, 1, 2)]
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 

@@ -500,8 +500,9 @@ def test_recipe_off_is_f_linear(autocast):
     assert same(run(layer, x, dy, autocast)[0], before + layer.bias.detach().to(before.dtype))
 
 
+@pytest.mark.parametrize("fused", (False, True))    # a fused optimizer leaves the version counter as it was
 @pytest.mark.parametrize("weight_block, n_weights", (("16x16", 1), ("1x16", 2)))
-def test_weights_are_quantized_once_per_update(weight_block, n_weights, monkeypatch):
+def test_weights_are_quantized_once_per_update(weight_block, n_weights, fused, monkeypatch):
     names, original, outputs = [], FP4Linear.operand, []
 
     def counting(self, name, *args, **options):
@@ -509,7 +510,7 @@ def test_weights_are_quantized_once_per_update(weight_block, n_weights, monkeypa
         return original(self, name, *args, **options)
     monkeypatch.setattr(FP4Linear, "operand", counting)
     layer, (x, dy) = make_layer(FP4Config(weight_block=weight_block)), batch(32)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
     for step in range(3):
         for micro_batch in range(3):
             nvfp4.set_step(layer, SEED, step, micro_batch)
