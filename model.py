@@ -63,6 +63,8 @@ class ModelConfig:
                     head_dim=self.head_dim or self.n_embd // self.n_head,
                     n_ffn=self.n_ffn or 4 * self.n_embd,
                     init_std=self.init_std or (0.02 if self.arch == "gpt" else self.n_embd**-0.5))
+        if c.init_std <= 0 or c.rope_base < 0:
+            raise ValueError(f"init_std={c.init_std} must be > 0 and rope_base={c.rope_base} >= 0")
         if set(c.pattern) - set("*-"):
             raise ValueError(f"pattern={c.pattern} must consist of * (attention) and - (MLP)")
         if c.n_head % c.n_kv_head:
@@ -351,11 +353,11 @@ def describe(config):
 # ---------------------------------------------------------------- sampling
 
 @torch.no_grad()
-def generate(model, idx, n_tokens, temperature=0.8, top_k=50, generator=None):
-    """Append n_tokens to idx (B, T) int64, each drawn from the top_k likeliest (0: from all); temperature 0
-    takes the likeliest. Context beyond block_size is dropped from the left."""
+def generate(model, idx, n_tokens, temperature=0.8, top_k=50, n_vocab=None, generator=None):
+    """Append n_tokens to idx (B, T) int64, each drawn from the top_k likeliest (0: from all) of the first
+    n_vocab; temperature 0 takes the likeliest. Context beyond block_size is dropped from the left."""
     for _ in range(n_tokens):
-        logits = model(idx[:, -model.config.block_size:])[:, -1].float()        # (B, V)
+        logits = model(idx[:, -model.config.block_size:])[:, -1, :n_vocab].float()  # (B, V)
         if temperature == 0:
             token = logits.argmax(-1, keepdim=True)
         else:
@@ -369,10 +371,11 @@ def generate(model, idx, n_tokens, temperature=0.8, top_k=50, generator=None):
 
 def sample_text(model, tokenizer, prompt="", n_tokens=200, seed=0, **kw):
     """Text continued from a prompt (an empty one starts a document)."""
-    ids = tokenizer.encode_ordinary(prompt) or [tokenizer.n_vocab - 1]          # the last id is <|endoftext|>
+    ids = tokenizer.encode_ordinary(prompt) or [tokenizer.n_vocab - 1]          # the last: <|endoftext|>
     idx = torch.tensor([ids], device=model.embed.weight.device)
     generator = torch.Generator(idx.device).manual_seed(seed)
-    out = generate(model, idx, n_tokens, generator=generator, **kw)[0].tolist()
+    n_vocab = tokenizer.n_vocab                     # the model's may be larger, rounded up for speed
+    out = generate(model, idx, n_tokens, n_vocab=n_vocab, generator=generator, **kw)[0].tolist()
     return tokenizer.decode(out if prompt else out[1:])
 
 
@@ -380,8 +383,8 @@ def main(argv):
     from train import UserError, load_config, load_run
     try:
         if not argv or argv[0] in ("-h", "--help"):
-            sys.exit(__doc__.strip())
-        if argv[0].endswith(".py"):
+            print(__doc__.strip())
+        elif argv[0].endswith(".py"):
             print(describe(load_config(argv).model))
         else:
             model, tokenizer, _ = load_run(argv[0])

@@ -290,7 +290,9 @@ def _check(x, axis, block):
 
 
 def _check_size(name, size, of):
-    if size == 0 or size % of:
+    if size == 0:
+        raise ValueError(f"{name}=0: an empty matrix cannot be quantized; leave it out")
+    if size % of:
         raise ValueError(f"{name}={size} must be a multiple of {of} (NVFP4 block); pad the layer or leave it "
                          "out with --fp4_skip")
 
@@ -366,10 +368,7 @@ def count_saturated(x, amax, block=(1, BLOCK)):
     return int((blocks.amax((1, 3)) > amax).sum())
 
 
-@torch.library.custom_op("nvfp4::fake_quantize", mutates_args=())
-def fake_quantize(x: torch.Tensor, key: torch.Tensor | None = None, signs: torch.Tensor | None = None,
-                  amax: float | None = None, axis: int = 1, rows: int = 1, unbiased: bool = False,
-                  dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+def fake_quantize(x, key=None, signs=None, amax=None, axis=1, rows=1, unbiased=False, dtype=torch.bfloat16):
     """Quantize and decode in one pass: the operand of a GEMM on hardware that has no FP4.
 
     x       (R, C), blocks of rows x 16 along axis
@@ -389,13 +388,6 @@ def fake_quantize(x: torch.Tensor, key: torch.Tensor | None = None, signs: torch
     return values, s_dec
 
 
-@fake_quantize.register_fake
-def _(x, key=None, signs=None, amax=None, axis=1, rows=1, unbiased=False, dtype=torch.bfloat16):
-    shape = list(x.shape)
-    shape[axis] = (shape[axis] + BLOCK - 1) // BLOCK * BLOCK
-    return x.new_empty(shape, dtype=dtype), x.new_empty((), dtype=torch.float32)
-
-
 # ---------------------------------------------------------------- GEMM
 
 @functools.cache
@@ -411,10 +403,8 @@ def gemm_dtype(device, out_dtype):
     return torch.bfloat16 if bf16 else torch.float32
 
 
-@torch.library.custom_op("nvfp4::gemm", mutates_args=())
-def gemm(a: torch.Tensor, b: torch.Tensor, alpha: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """alpha * a @ b: a (M, K) and b (K, N) hold exact bf16 values (in bf16, or in fp32 for an fp32 result on
-    CPU).
+def gemm(a, b, alpha, dtype):
+    """alpha * a @ b: a (M, K) and b (K, N) hold values that are exact in bf16, alpha () is fp32.
 
     returns (M, N) in dtype; products exact, accumulated in fp32, alpha applied in fp32, rounded to dtype once
     """
@@ -432,11 +422,6 @@ def gemm(a: torch.Tensor, b: torch.Tensor, alpha: torch.Tensor, dtype: torch.dty
         return torch.addmm(empty, a, b, beta=0, alpha=float(alpha)).to(dtype)
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = precision
-
-
-@gemm.register_fake
-def _(a, b, alpha, dtype):
-    return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
 
 
 def matmul(a, b, dtype=torch.float32):
@@ -493,9 +478,15 @@ RECIPES = {
     # released scripts.
     "ngpt": FP4Config(input_amax=1.0, weight_amax=1.0),
     # 2509.25149 section 4: 16x16 weights, SR on gradients, rotated wgrad operands, the last 15 % of layers in
-    # BF16.
+    # BF16. The measured scale of an activation looks at all its tokens, so that a token's output depends, in
+    # the last bits, on the tokens after it; the fixed scale of "ngpt" does not.
     "nvfp4": FP4Config(hadamard=("wgrad",), tail=0.15),
 }
+
+
+def recipe_changes(cfg):
+    """{field: value} where a recipe differs from the defaults of FP4Config."""
+    return {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
 
 
 # ---------------------------------------------------------------- the linear layer
@@ -552,7 +543,8 @@ class FP4Linear(torch.nn.Linear):
     """nn.Linear whose GEMMs run in NVFP4; same parameters and state_dict. Use convert() to make them.
 
     The fp32 master weight is quantized when it has changed, once per optimizer step, and serves every
-    micro-batch. keys (6, 2) int64 are the Philox keys of the six operands; set_step draws them.
+    micro-batch. Changes through weight.data go unnoticed until the next set_step or optimizer step. keys
+    (6, 2) int64 are the Philox keys of the six operands; set_step draws them.
     """
 
     def __init__(self, linear, cfg, index=0):
@@ -561,7 +553,8 @@ class FP4Linear(torch.nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.cfg, self.index = cfg, index      # index: which linear layer of the model, for the random stream
         self.fp4 = True                             # False: high precision for now, see high_precision()
-        self.version = None                       # of the weight that w_fprop and w_dgrad were quantized from
+        self.drawn = None                           # (seed, step) that the keys belong to
+        self.version = None                         # of the weight behind w_fprop and w_dgrad
         # no buffer: DistributedDataParallel would overwrite it with the first rank's
         self.keys = torch.zeros(len(OPERANDS), 2, dtype=torch.int64, device=linear.weight.device)
         _optimizer_steps()                          # starts counting
@@ -592,7 +585,7 @@ class FP4Linear(torch.nn.Linear):
     def refresh(self):
         """Quantize the weight if it has changed since the last time."""
         w, cfg = self.weight, self.cfg
-        version = (w._version, w.data_ptr(), _optimizer_steps()[0])
+        version = (w._version, w.data_ptr(), _optimizer_steps()[0], self.drawn)
         if self.version == version:
             return
         self.version = version
@@ -634,7 +627,7 @@ def set_step(model, seed, step, micro_batch=0):
         micro = torch.tensor([0 if name.endswith(".w") else micro_batch for name in OPERANDS])
         keys = torch.stack(stream_key(seed, step, micro, layer, operand), -1)   # (n, 6, 2)
         for m, key in zip(layers, keys.to(layers[0].weight.device), strict=True):
-            m.keys = key
+            m.keys, m.drawn = key, (seed, step)
 
 
 class high_precision:
@@ -660,6 +653,8 @@ def convert(model, cfg, report=print):
     and why.
     """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    if "" in linears:
+        raise ValueError("the model is itself a linear layer; use FP4Linear(model, cfg)")
     if not cfg.gemms:
         report(f"converted 0/{len(linears)} linears: no GEMM is set to run in FP4")
         return model
@@ -733,7 +728,8 @@ def _training_step(*overrides):
     """A function that runs one optimizer step of configs/ngpt_tiny.py, put together as train.py does."""
     import train                                    # the one place where this file looks at the others
     from model import build
-    c = train.load_config(["configs/ngpt_tiny.py", *overrides])
+    c = train.load_config(["configs/ngpt_tiny.py", "--device=cpu", *overrides])
+    train.keep_memory()
     device, dtype = train.choose_device(c)
     torch.manual_seed(0)
     model = convert(build(c.model).to(device), c.fp4, report=lambda line: None)
@@ -777,7 +773,7 @@ def benchmark():
 
 
 def error_table():
-    """Mean square error of quantizing unit Gaussians, and the share of it: rows of (what, error)."""
+    """{case: mean square error} of quantizing unit Gaussians, 2048 x 4096."""
     x = torch.randn(2048, 4096, generator=torch.Generator().manual_seed(0))
     cases = {"nearest, 1x16": {}, "nearest, 16x16": {"block": (16, 16)},
              "stochastic, 1x16": {"stochastic": True},
@@ -800,8 +796,7 @@ def main(argv):
         print(f"  {name:34s} {error:.2e}   SNR {-10 * math.log10(error):.1f} dB")
     print("\nrecipes")
     for name, cfg in RECIPES.items():
-        changed = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
-        print(f"  {name:6s} {changed}")
+        print(f"  {name:6s} {recipe_changes(cfg)}")
     print(f"\n{capability()}\n\ncost on this machine (of emulation: FP4 hardware is another matter)")
     for name, ms, ratio, yardstick in rows:
         print(f"  {name:60s} {ms:8.1f} ms   {ratio:5.2f} x {yardstick}")

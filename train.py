@@ -209,10 +209,11 @@ def make_config(settings, name="run"):
                  "log_interval", "checkpoint_interval"):
         if getattr(c, name) < 1:
             raise UserError(f"{name}={getattr(c, name)} must be 1 or more")
+    below_1 = math.nextafter(1, 0)
     for name, low, high in (("warmup_steps", 0, c.max_steps), ("stop_at", 1, c.max_steps),
                             ("learning_rate", 0, math.inf), ("grad_clip", 0, math.inf),
-                            ("decay_fraction", 0, 1), ("seed", 0, 2**64 - 1), ("beta1", 0, 1),
-                            ("beta2", 0, 1), ("weight_decay", 0, math.inf)):
+                            ("decay_fraction", 0, 1), ("seed", 0, 2**64 - 1), ("sample_tokens", 0, math.inf),
+                            ("beta1", 0, below_1), ("beta2", 0, below_1), ("weight_decay", 0, math.inf)):
         if not low <= (low if getattr(c, name) is None else getattr(c, name)) <= high:
             raise UserError(f"{name}={getattr(c, name)} must be in [{low}, {high}]")
     return c
@@ -235,12 +236,14 @@ def help_text():
     owners = (("train", Config, ""), ("model", ModelConfig, ""), ("nvfp4", FP4Config, "fp4_"))
     for file, owner, prefix in owners:
         source = inspect.getsource(owner)
-        lines.append(f"\nfields of {file}.py" + ("; default: what the recipe says" if prefix else ""))
+        lines.append(f"\nfields of {file}.py")
         for f in fields(owner):
             comment = re.search(rf"^    {f.name}: .*?  # (.*)$", source, re.M)
             if comment:
-                default = "" if prefix else f"{f.default}  "
-                lines.append(f"  --{prefix + f.name:30s} {default:10s} {comment[1]}")
+                default = ",".join(f.default) if isinstance(f.default, tuple) else str(f.default)
+                lines.append(f"  --{prefix + f.name:30s} {default or 'none':10s} {comment[1]}")
+    for recipe, cfg in RECIPES.items():
+        lines.append(f"  recipe {recipe} sets {nvfp4.recipe_changes(cfg) or 'nothing else'}")
     return "\n".join(lines)
 
 
@@ -281,6 +284,13 @@ def batch_at(ids, starts, T, device):
     return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
 
+def unigram_loss(train, val):
+    """Cross-entropy in nats of val under the token frequencies of train, one count added to each token."""
+    size = int(max(train.max(), val.max())) + 1
+    counts = np.bincount(train, minlength=size) + 1
+    return float(-np.log(counts / counts.sum())[val].mean())
+
+
 def train_starts(c, n_tokens, step):
     """Where the samples of a step begin, (gradient_accumulation_steps, batch_size), from seed and step."""
     rng = np.random.Generator(np.random.Philox(key=c.seed, counter=[0, 0, 0, step]))
@@ -318,7 +328,7 @@ def make_optimizer(model, c):
 
 # ---------------------------------------------------------------- checkpoints
 
-def save_checkpoint(path, model, optimizer, step, c):
+def save_checkpoint(path, model, optimizer, step, c, origin):
     """Written beside the old one, flushed to disk, then renamed: a kill at any moment leaves one that loads.
 
     The folder is flushed too, so that the rename survives a power cut.
@@ -326,7 +336,7 @@ def save_checkpoint(path, model, optimizer, step, c):
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                    "config": flatten(c)}, file)
+                    "config": flatten(c), "origin": origin}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -374,8 +384,10 @@ def keep_memory():
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):                      # a C library without mallopt
             libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 2**31 - 1)             # M_MMAP_THRESHOLD: no tensor gets pages of its own
-            libc.mallopt(-1, 2**31 - 1)             # M_TRIM_THRESHOLD: free memory stays with the process
+            # M_MMAP_THRESHOLD: no tensor gets pages of its own (older versions allow 32 MiB at most);
+            # M_TRIM_THRESHOLD: free memory stays with the process
+            if libc.mallopt(-3, 2**31 - 1) or libc.mallopt(-3, 2**25):
+                libc.mallopt(-1, 2**31 - 1)
 
 
 PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense FLOP/s, for the MFU
@@ -465,8 +477,13 @@ class Log:
 def catch_signals():
     """A list that receives the names of SIGINT and SIGTERM, which end a run after the step under way."""
     caught = []
-    previous = {s: signal.signal(s, lambda number, _: caught.append(signal.Signals(number).name))
-                for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(number, _):
+        caught.append(signal.Signals(number).name)
+        signal.signal(number, previous[number])     # a second one ends the process at once
+        print(f"{caught[-1]}: stopping after this step; once more to stop at once", file=sys.stderr)
+
+    previous = {s: signal.signal(s, catch) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
@@ -496,6 +513,7 @@ def train(c, stop=()):
                         "--out_dir")
     saved = load_checkpoint(out / "ckpt.pt") if c.resume else None
     train_ids, val_ids, header, tokenizer, vocab_size = load_data(c, rank)
+    origin = f"{header.tokenizer}, {header.source}"
     c = replace(c, model=replace(c.model, vocab_size=vocab_size))
 
     # --- model, optimizer, and the step to begin with
@@ -509,10 +527,15 @@ def train(c, stop=()):
     first_step = 0
     if saved:
         check_resumable(c, saved["config"])
+        if saved["origin"] != origin:
+            raise UserError(f"--resume: {c.dataset} is not the data of the run in {c.out_dir} any more "
+                            f"({origin}, not {saved['origin']}); prepare that, or start another --out_dir")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first_step = saved["step"]
     last_step = c.stop_at or c.max_steps
+    if first_step >= c.max_steps:
+        raise UserError(f"the run in {c.out_dir} is complete, at step {first_step}; start another --out_dir")
     if first_step >= last_step:
         raise UserError(f"the run in {c.out_dir} is at step {first_step} already; raise --stop_at")
     out.mkdir(parents=True, exist_ok=True)
@@ -521,7 +544,8 @@ def train(c, stop=()):
         (out / "config.json").write_text(json.dumps(flatten(c), indent=1) + "\n")
     total, active = count_parameters(model)
     log(f"{c.model.arch} with {total:,} parameters ({active:,} without the embedding), recipe {c.recipe}, "
-        f"{str(dtype).removeprefix('torch.')} activations\n{nvfp4.capability(device)}\n{lines[0]}")
+        f"{str(dtype).removeprefix('torch.')} activations\n{nvfp4.capability(device)}\n{lines[0]}\n"
+        f"token frequencies alone would give a validation loss of {unigram_loss(train_ids, val_ids):.4f}")
     if compile_model(model, c):
         log("compiling: the first step takes a minute or so; the next run finds the kernels cached")
     step_model = model
@@ -538,7 +562,7 @@ def train(c, stop=()):
     bits_per_byte = 1 / math.log(2) / header.bytes_per_token
     times, result = [], {}
     for step in range(first_step, last_step + 1):
-        stopped = agreed(bool(stop), device)
+        stopped = agreed(bool(stop), device) and step < last_step
         last = step == last_step or stopped
         # --- evaluate: on fixed batches, in high precision and in FP4
         if step % c.eval_interval == 0 or step == last_step:
@@ -552,8 +576,8 @@ def train(c, stop=()):
                 line += f" | in FP4 {result['val_loss_fp4']:.4f}"
             log(line)
             log.metrics(**result)
-        if step > first_step and (last or step % c.checkpoint_interval == 0) and rank == 0:
-            save_checkpoint(out / "ckpt.pt", model, optimizer, step, c)
+        if (stopped or step > first_step) and (last or step % c.checkpoint_interval == 0) and rank == 0:
+            save_checkpoint(out / "ckpt.pt", model, optimizer, step, c, origin)
         if last:
             break
 

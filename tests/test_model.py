@@ -11,8 +11,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import nvfp4
+from data.tokens import load_tokenizer
 from model import (ModelConfig, Scale, build, count_parameters, describe, flops_per_token, generate, rope,
-                   rope_tables, unit)
+                   rope_tables, sample_text, unit)
 
 SMALL = ModelConfig(n_layer=2, n_embd=64, n_head=4, n_kv_head=2, n_ffn=96, block_size=32, vocab_size=80)
 EPS = torch.finfo(torch.float32).eps
@@ -248,6 +249,15 @@ def test_the_past_does_not_see_the_future(arch, recipe):
     assert torch.equal(a[:, :20], b[:, :20]) and not torch.equal(a[:, 20], b[:, 20])
 
 
+@pytest.mark.parametrize(("recipe", "sees"), [("ngpt", False), ("nvfp4", True)])
+def test_a_measured_tensor_scale_sees_all_rows(recipe, sees):
+    """The control of the test above: under nvfp4 one row's largest value moves the rounding of the others."""
+    layer, x = nvfp4.FP4Linear(torch.nn.Linear(64, 64), nvfp4.RECIPES[recipe]), unit(torch.randn(32, 64))
+    larger = x.clone()
+    larger[20] *= 1.7
+    assert torch.equal(layer(x)[:20], layer(larger)[:20]) != sees
+
+
 def test_rope_depends_on_distance_only_and_keeps_norms():
     cos, sin = rope_tables(32, 16, 10000.0, "cpu")
     q, k = torch.randn(16).expand(1, 1, 32, 16), torch.randn(16).expand(1, 1, 32, 16)
@@ -278,6 +288,14 @@ def test_counts():
     assert count_parameters(model)[0] - count_parameters(model)[1] == 80 * 64
     assert flops_per_token(model) == 6 * (2 * per_layer + 80 * 64) + 12 * 2 * 64 * 32
     assert f"{count_parameters(model)[0]:,}" in describe(model.config)
+
+
+def test_a_sample_stays_within_the_tokenizer():
+    model, tokenizer = make(vocab_size=300).eval(), load_tokenizer("bytes")
+    with torch.no_grad():
+        model.head.weight[256:] = model.head.weight[:44]                        # as likely as real tokens
+    assert generate(model, tokens(1, 5), 200, top_k=0).max() >= 256             # control: they would be drawn
+    assert len(sample_text(model, tokenizer, "a", n_tokens=200, top_k=0)) > 1
 
 
 def test_generate():

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from model import describe
 
+REPO = Path(__file__).resolve().parents[1]
 README = (REPO / "README.md").read_text()
 LOG = (REPO / "LOG.md").read_text()
 
@@ -54,6 +54,13 @@ def test_a_wrong_command_would_be_noticed():
         with pytest.raises((AssertionError, train.UserError)):
             check_command(words)
     assert len(commands(README)) >= 5
+
+
+def test_the_snippet_runs():
+    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
 
 
 def test_line_counts_and_files():
