@@ -627,6 +627,8 @@ def train(c, stop=()):
             log(f"\nsample:\n{sample_text(model, tokenizer, n_tokens=c.sample_tokens, seed=c.seed)}\n")
     log(f"saved in {c.out_dir}")
     if world > 1:
+        dist.barrier()                              # the first rank writes while the others are done
+        del step_model                              # its reducer goes before the group it talks through
         dist.destroy_process_group()
     return result
 

@@ -252,10 +252,11 @@ def test_help_lists_every_field(capsys):
     train.main(["-h"])
     text = capsys.readouterr().out
     assert len(train.schema()) == sum(len(fields(owner)) for owner in (Config, ModelConfig, FP4Config)) - 2
-    for name, (owner, field, _) in train.schema().items():
+    for name, (_, field, _) in train.schema().items():
         line, = re.findall(rf"^  --{name} +(.*)$", text, re.M)
-        default = "" if owner is FP4Config else f"{field.default} "             # those are the recipe's
-        assert line.startswith(default) and re.search("[a-z]", line[len(default):]), name
+        default = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
+        assert re.match(rf"{re.escape(default or 'none')} +\S.*[a-z]", line), name
+    assert "recipe nvfp4 sets " in text             # in place of the FP4 defaults
 
 
 @pytest.mark.parametrize("argv", [[], ["--fp4_gemms=", "--stop_at=3"], *([name] for name in CONFIGS)],
@@ -488,13 +489,17 @@ for p in model.parameters():
 optimizer.step()
 tensors = [p.data for p in model.parameters()] + [s["exp_avg"] for s in optimizer.state.values()]
 c, path = train.load_config([]), train.Path(sys.argv[1])
+def save(step):
+    for t in tensors:
+        t.fill_(step)
+    train.save_checkpoint(path, model, optimizer, step, c, "a test")
+save(0)
+print("ready", flush=True)
 for line in sys.stdin:
     pid, step = os.fork(), int(line)
     while pid == 0:
         step += 1
-        for t in tensors:
-            t.fill_(step)
-        train.save_checkpoint(path, model, optimizer, step, c)
+        save(step)
     print(pid, flush=True)
     os.waitpid(pid, 0)
     print("dead", flush=True)
@@ -506,11 +511,10 @@ def test_kill_during_save_leaves_a_checkpoint_that_loads(tmp_path):
     path, torn, kills, moments = tmp_path / "ckpt.pt", 0, 0, random.Random(0)
     until = time.monotonic() + 60
     with start("-c", EAGER + SAVE_FOR_EVER, path, stdin=subprocess.PIPE) as writer:
+        assert writer.stdout.readline() == "ready\n", finish(writer)
         while torn < 3 or kills < 8:
             print(1000 * kills, file=writer.stdin, flush=True)
             pid = int(writer.stdout.readline())
-            while not path.exists() and time.monotonic() < until:
-                time.sleep(0.01)
             time.sleep(moments.uniform(0.02, 0.1))
             os.kill(pid, signal.SIGKILL)
             assert time.monotonic() < until, f"{torn} of {kills} kills fell into the writing of the file"
@@ -555,6 +559,15 @@ def test_resume_refuses_and_names_what_changed(tiny, dataset, whole, tmp_path, c
     line, name = refusal(tiny(whole("ngpt"), **changes, resume=True)), next(iter(changes))
     assert f"--resume: {name}=" in line and f"but the run in {whole('ngpt')} has {name}=" in line
     assert {path: path.read_bytes() for path in whole("ngpt").iterdir()} == before
+
+
+def test_resume_refuses_other_data_under_the_same_name(tiny, dataset, tmp_path):
+    data = shutil.copytree(dataset, tmp_path / "data")
+    train.main(tiny(tmp_path / "run", dataset=data, stop_at=1))
+    ids, _ = read_tokens(data / "val.bin")
+    write_tokens(data / "val.bin", ids[::-1], 256, "bytes", "another source", len(ids))
+    line = refusal(tiny(tmp_path / "run", dataset=data, resume=True))
+    assert f"{data} is not the data of the run" in line and "another source" in line and "a test" in line
 
 
 def test_resume_accepts_what_changes_no_step(tiny, whole, tmp_path):
