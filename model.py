@@ -33,8 +33,8 @@ import torch.nn.functional as F
 @dataclass(frozen=True)
 class ModelConfig:
     arch: Literal["gpt", "ngpt"] = "ngpt"           # gpt: pre-norm transformer; ngpt: normalized transformer
-    n_layer: int = 4                               # transformer layers, each "*-", where pattern does not say
-    pattern: str | None = None                  # mixers in order, * attention and - MLP; None: "*-" * n_layer
+    n_layer: int = 4                                # transformer layers, each "*-", where pattern is None
+    pattern: str | None = None                      # mixers: * attention, - MLP; None: "*-" * n_layer
     n_embd: int = 256                               # channels of the residual stream
     n_head: int = 4                                 # query heads
     n_kv_head: int | None = None                    # key/value heads (GQA); None: n_head
@@ -45,7 +45,7 @@ class ModelConfig:
     vocab_size: int | None = None                   # None: that of the dataset
     rope_base: float = 10000.0                      # base of the rotary positions; 0: no positions
     init_std: float | None = None                   # of weights; None: 0.02 (gpt) or 1/sqrt(n_embd) (ngpt)
-    normalize_inputs: bool = True                  # ngpt: unit-norm inputs for the output projections as well
+    normalize_inputs: bool = True                   # ngpt: unit-norm inputs for output projections as well
 
     def resolve(self):
         """The config with every None that depends on other fields filled in; checks that the sizes fit."""

@@ -172,7 +172,7 @@ def can_compile(kind):
         torch.compile(lambda x: x + 1)(torch.zeros(32, device=kind))
         return True
     except Exception as error:
-        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        why = f"{type(error).__name__}: " + str(error).strip().partition("\n")[0]
         print(f"torch.compile does not work here: nothing is fused, all is several times slower ({why})",
               file=sys.stderr)
         return False
@@ -212,8 +212,8 @@ def _hadamard_blocks(blocks, signs, dim):
 def _scale_blocks(blocks, amax, dim, rows, unbiased):
     """Block scales from block maxima.
 
-    returns scales float8_e4m3fn, one for each 1x16 (rows 1) or 16x16 (rows 16) block; the same in fp32, and
-            factor for the elements, min(1 / (scale * s_dec), FLT_MAX), each for every 1x16 block; s_dec
+    returns scales float8_e4m3fn, one for each 1x16 (rows 1) or 16x16 (rows 16) block; for every 1x16 block
+            the same in fp32 and the factor for its elements, min(1 / (scale * s_dec), FLT_MAX); s_dec ()
     """
     s_enc, s_dec = tensor_scales(amax, unbiased)
     amax_b = blocks.abs().amax(dim).float()
@@ -440,13 +440,13 @@ OPERANDS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
 
 @dataclass(frozen=True)
 class FP4Config:
-    gemms: tuple[str, ...] = GEMMS               # which GEMMs of a linear layer run in FP4: fprop,dgrad,wgrad
+    gemms: tuple[str, ...] = GEMMS                  # which GEMMs of a layer run in FP4: fprop,dgrad,wgrad
     stochastic: tuple[str, ...] = ("dgrad.dy", "wgrad.dy")  # operands rounded stochastically
-    unbiased: bool = False                        # stochastic operands aim at 6*16/17, so that none saturates
+    unbiased: bool = False                          # stochastic operands aim at 6*16/17: none saturates
     hadamard: tuple[str, ...] = ()                  # GEMMs whose operands are rotated along the summed axis
     signs: str = "fixed"                            # of the rotation: fixed, none, or fresh (drawn each step)
     weight_block: str = "16x16"                     # 16x16 (one copy serves fprop and dgrad) or 1x16
-    input_amax: float | None = None           # a number fixes the tensor scale of activations; None: measured
+    input_amax: float | None = None                 # fixed tensor scale of activations; None: measured
     weight_amax: float | None = None                # the same for weights
     grad_amax: float | None = None                  # the same for output gradients
     head_blocks: int = 0                            # first blocks kept in high precision
@@ -551,7 +551,7 @@ class FP4Linear(torch.nn.Linear):
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.cfg, self.index = cfg, index      # index: which linear layer of the model, for the random stream
+        self.cfg, self.index = cfg, index           # index: which linear layer, for the random stream
         self.fp4 = True                             # False: high precision for now, see high_precision()
         self.drawn = None                           # (seed, step) that the keys belong to
         self.version = None                         # of the weight behind w_fprop and w_dgrad

@@ -48,7 +48,7 @@ REPO = Path(__file__).resolve().parent
 @dataclass(frozen=True)
 class Config:
     out_dir: str | None = None                      # run folder; None: out/<name of the first config file>
-    dataset: str = "sotu"                          # folder below data/, or a path, with train.bin and val.bin
+    dataset: str = "sotu"                           # folder below data/, or a path; train.bin and val.bin
     recipe: Literal["bf16", "ngpt", "nvfp4"] | None = None  # FP4 recipe; None: ngpt for ngpt, nvfp4 for gpt
     seed: int = 1337                                # of initialization, data order and stochastic rounding
     # batch
@@ -61,7 +61,7 @@ class Config:
     min_lr: float | None = None                     # at the end of the schedule; None: learning_rate / 50
     schedule: Literal["wsd", "cosine"] = "wsd"      # wsd: constant, then 1 - sqrt decay
     warmup_steps: int = 0                           # linear warm-up
-    decay_fraction: float = 0.15                   # wsd: the last part of max_steps, in which the rate decays
+    decay_fraction: float = 0.15                    # wsd: the last part of max_steps, where the rate decays
     # optimizer
     weight_decay: float = 0.0                       # of matrices
     beta1: float = 0.9                              # AdamW
@@ -352,7 +352,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        why = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: not a checkpoint of this code ({why})") from None
 
 
@@ -380,7 +380,7 @@ def load_run(folder, device="cpu"):
 
 def keep_memory():
     """Have the C library keep freed memory. By default it returns each large tensor to the kernel, which
-    clears the pages when the next one asks for them: a quarter of a training step on a CPU."""
+    clears the pages when the next one asks for them: much of a training step on a CPU."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):                      # a C library without mallopt
             libc = ctypes.CDLL(None)
