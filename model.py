@@ -262,6 +262,14 @@ class NormalizedMLP(MLP):
         return self.fc2(unit(hidden) if self.normalize_inputs else hidden)
 
 
+def hypersphere_step(h, f, a):
+    """unit(h + |a| (unit(f) - h)): a step from h towards f, back onto the sphere. h, f (..., C), a (C,).
+
+    h has norm 1, so the papers' Norm(h) is h. One fused kernel each way under torch.compile.
+    """
+    return unit(h + a.abs() * (unit(f.float()) - h))
+
+
 class HypersphereBlock(nn.Module):
     """h <- unit(h + |a| (unit(f(h)) - h)): a step from h towards the mixer's output, back onto the sphere.
 
@@ -276,8 +284,7 @@ class HypersphereBlock(nn.Module):
         self.alpha = Scale(c.n_embd, init=0.05, stored=c.init_std)
 
     def forward(self, h):
-        step = unit(self.mixer(h).float()) - h
-        return unit(h + self.alpha().abs() * step)
+        return hypersphere_step(h, self.mixer(h), self.alpha())
 
 
 class NGPT(GPT):

@@ -1,0 +1,108 @@
+"""Compile every kernel of nvfp4.py for GPUs that need not be there, and print what came out as JSON.
+
+Each in the configurations that training uses: {"kernel, configuration": {chip: facts}}. test_kernels.py runs
+it in a process of its own, because Triton's interpreter, under which the other tests run, does not compile.
+
+    python tests/aot.py
+"""
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import nvfp4  # noqa: E402
+
+CUOBJDUMP, NVDISASM = (Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+                       for tool in ("cuobjdump", "nvdisasm"))
+CHIPS = (80, 90, 100, 103, 120)
+INSTRUCTIONS = r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync|cvt\.r[ns]\.satfinite\.e2m1)([\w.:]*)"
+
+
+def how(rows=1, stochastic=False, rotate=False, decode=False, ptx=False):
+    """The flags of one direction of _quantize_kernel."""
+    return rows, nvfp4.E2M1_MAX, stochastic, rotate, decode, ptx
+
+
+def configurations(chip):
+    """(name, kernel, {pointer: type}, {constant: value}, options) for a chip."""
+    native, ptx_sr = chip >= 100, chip in (100, 103)
+    for x in ("bf16", "fp32"):                      # activations under autocast; master weights
+        for name, flags in (("plain", (1, 0, 0)), ("plain and rotated columns", (1, 0, 1))):
+            yield (f"amax {x}, {name}", nvfp4._amax_kernel, {"x_ptr": "*" + x, "amax_ptr": "*i32"},
+                   dict(zip(("PLAIN", "ROW", "COL"), flags, strict=True)) | {"TILE": nvfp4.TILE},
+                   nvfp4.QUANTIZE_OPTIONS)
+    # a chip without FP4 GEMMs decodes, all but what is saved for the backward
+    rn, sr = ({"ptx": native}, {"stochastic": True, "ptx": ptx_sr}) if native else (
+        {"decode": True}, {"stochastic": True, "decode": True})
+    saved = how(ptx=native), how(ptx=native, rotate=True)
+    for name, x, row, col in (
+            ("x, evaluation", "bf16", how(**rn), None), ("x, ngpt", "bf16", how(**rn), saved[0]),
+            ("x, nvfp4", "bf16", how(**rn), saved[1]), ("dy, ngpt", "bf16", how(**sr), how(**sr)),
+            ("dy, nvfp4", "bf16", how(**sr), how(rotate=True, **sr)),
+            ("w", "fp32", how(rows=16, **rn), how(rows=16, **rn) if native else None),
+            ("codes, nearest", "bf16", how(ptx=native), None),
+            ("codes, stochastic", "bf16", how(stochastic=True, ptx=ptx_sr), None)):
+        types = {"x_ptr": "*" + x}
+        for side, flags in (("row", row), ("col", col)):
+            types |= {f"{side}_ptr": "*bf16" if flags and flags[4] else "*i64", f"{side}_scales_ptr": "*u8",
+                      f"{side}_s_dec_ptr": "*fp32", f"{side}_amax_ptr": "*fp32", f"{side}_key_ptr": "*i64"}
+        yield (f"quantize {name}", nvfp4._quantize_kernel, types,
+               {"ROW": row, "COL": col, "TILE": nvfp4.TILE}, nvfp4.QUANTIZE_OPTIONS)
+    for y in ("bf16", "fp32"):
+        types = {"a_ptr": "*u8", "b_ptr": "*u8", "y_ptr": "*" + y}
+        if native:
+            types |= {"a_scales_ptr": "*fp8e4nv", "b_scales_ptr": "*fp8e4nv"}
+            yield (f"matmul {y}, native", nvfp4._matmul_native_kernel, types, nvfp4.NATIVE_BLOCK,
+                   nvfp4.NATIVE_OPTIONS)
+        else:
+            types |= {"a_scales_ptr": "*u8", "b_scales_ptr": "*u8"}
+            block = nvfp4.HOPPER_BLOCK if chip == 90 else nvfp4.REGISTERS_BLOCK
+            constants = block | {"A_ROWS": 1, "B_ROWS": 16, "DTYPE": triton.language.bfloat16}
+            yield (f"matmul {y}, registers", nvfp4._matmul_kernel, types, constants,
+                   nvfp4.REGISTERS_OPTIONS)
+
+
+def facts(place):
+    """Compile configuration number n for a chip: [name, chip, facts]."""
+    chip, n = place
+    name, kernel, types, constants, options = list(configurations(chip))[n]
+    sizes = dict.fromkeys(("R", "C", "M", "N", "K"), "i32")
+    others = {p: "*fp32" for p in kernel.arg_names if p.endswith("_ptr")}       # scales, signs
+    signature = {p: (others | sizes | types).get(p, "constexpr") for p in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.arg_names)
+               if p.endswith("_ptr") or p in sizes}
+    source = ASTSource(kernel, signature, {p: constants[p] for p, t in signature.items() if t == "constexpr"},
+                       aligned)
+    binary = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(binary.asm["cubin"])
+        usage, sass = (subprocess.run([*tool, file.name], capture_output=True, text=True, check=True).stdout
+                       for tool in ((CUOBJDUMP, "-res-usage"), (NVDISASM,)))
+    return name, chip, {
+        "instructions": sorted({"".join(found) for found in re.findall(INSTRUCTIONS, binary.asm["ptx"])}),
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "local": int(re.search(r"LOCAL:(\d+)", usage).group(1)),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "shared": binary.metadata.shared,
+        "length": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+[A-Z@]", sass, re.M))}
+
+
+def main():
+    places = [(chip, n) for chip in CHIPS for n in range(len(list(configurations(chip))))]
+    table = {}
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        for name, chip, found in pool.imap_unordered(facts, places):
+            table.setdefault(name, {})[chip] = found
+    print(json.dumps(table, indent=1, sort_keys=True))
+
+
+if __name__ == "__main__":
+    main()

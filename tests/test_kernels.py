@@ -1,0 +1,378 @@
+"""Proofs for the Triton kernels of nvfp4.py: on a GPU where there is one, else under Triton's interpreter; and  compiled for five chips without any of them. They must be what _cast_torch is, which test_nvfp4.py holds to
+the oracle."""
+import functools
+import json
+import os
+import subprocess
+import sys
+from itertools import count, product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
+
+import nvfp4  # noqa: E402
+from nvfp4 import (BLOCK, RECIPES, SIGNS, Cast, Decoded, FP4Config, FP4Linear, NVFP4Tensor, convert,  # noqa: E402
+                   matmul, quantize)
+from test_nvfp4 import KINDS, SEED, broken, eager, gaussian, same, sample  # noqa: E402, F401
+
+pytest.importorskip("triton", reason="no Triton on this system")
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value):RuntimeWarning")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+KEY = torch.tensor(nvfp4.stream_key(SEED, 1, 2, 3, 4))
+FIXED = torch.tensor(SIGNS, dtype=FP32)
+SOFTWARE = (False, False)                           # rounding by PTX instructions is for Blackwell
+
+
+def move(how, device):
+    return how and how._replace(**{name: t.to(device) for name in ("key", "signs")
+                                   if (t := getattr(how, name)) is not None})
+
+
+def home(q):
+    """An operand on the CPU."""
+    if not isinstance(q, NVFP4Tensor):
+        return q and Decoded(*(t.cpu() for t in q))
+    moved = NVFP4Tensor(q.codes.cpu(), q.scales.cpu(), q.amax.cpu(), q.unbiased)
+    moved.s_dec = q.s_dec.cpu()                     # as the kernel wrote it
+    return moved
+
+
+def kernels(x, row, col, ptx=SOFTWARE):
+    """cast() by the kernels."""
+    return [home(q) for q in nvfp4._cast_triton(x.to(DEVICE), move(row, DEVICE), move(col, DEVICE), ptx)]
+
+
+def agree(got, want):
+    """Bit for bit; in blocks whose scale is NaN the codes mean nothing."""
+    if type(got) is not type(want) or not same(got.s_dec, want.s_dec):
+        return False
+    if isinstance(want, Decoded):
+        return same(got.decoded, want.decoded)
+    if not same(got.scales.contiguous(), want.scales.contiguous()):
+        return False
+    n = want.shape[0] // want.scales.shape[0]
+    number = ~want.scales.float().isnan().repeat_interleave(n, 0).repeat_interleave(BLOCK // 2, 1)
+    return torch.equal(got.codes[number], want.codes[number])
+
+
+OPTIONS = list(product((None, KEY), (None, FIXED), (None, 1.0), (1, 16), (False, True), (None, BF16, FP32)))
+
+
+@pytest.mark.parametrize("dtype", (BF16, FP16, FP32), ids=str)
+@pytest.mark.parametrize("kind", (*KINDS, "nan", "inf"))
+def test_quantize_kernel_is_the_definition(kind, dtype):
+    """Codes, scales, s_dec and values, of rows and columns at once. The shapes: one row; K = 16; tiles not
+    filled; 16x16 blocks where they fit. Every option meets every kind of trouble."""
+    options, seen = count(KINDS.index(kind) if kind in KINDS else 0), set()
+    for shape in ((1, 16), (37, 48), (80, 112), (65, 16), (16, 80), (128, 64)):
+        x = sample(kind if kind in KINDS else "gaussian", shape, dtype)
+        if kind not in KINDS:
+            x[-1, ::7] = float(kind)
+        for _ in range(3):
+            row, col = (Cast(*OPTIONS[next(options) * 7 % len(OPTIONS)]) for _ in range(2))
+            row, col = (how._replace(rows=how.rows if size % how.rows == 0 else 1)
+                        for how, size in zip((row, col), shape, strict=True))
+            for got, how, axis in zip(kernels(x, row, col), (row, col), (1, 0), strict=True):
+                assert agree(got, nvfp4._cast_torch(x, how, axis)), (shape, axis, how)
+            seen |= {(i, torch.is_tensor(v) or v) for how in (row, col) for i, v in enumerate(how)}
+    assert len(seen) == 2 + 2 + 2 + 2 + 2 + 3       # each value of each option
+
+
+@pytest.mark.parametrize("change", (
+    {"key": KEY + 1}, {"key": None}, {"signs": -FIXED.flip(0)}, {"signs": None}, {"amax": 2.0}, {"rows": 1},
+    {"unbiased": False}), ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize("axis", (0, 1))
+def test_each_option_reaches_the_kernel(change, axis):
+    """Negative control: with one option changed the kernel no longer agrees with the definition."""
+    x, how = sample("ties", (32, 48), BF16), Cast(KEY, FIXED, None, 16, True)
+    want = nvfp4._cast_torch(x, how, axis)
+    for changed in (how, how._replace(**change)):
+        got = kernels(x, *((None, changed) if axis == 0 else (changed, None)))[1 - axis]
+        assert agree(got, want) is (changed is how)
+
+
+def test_rows_and_columns_need_not_be_asked_for_together():
+    x = sample("gaussian", (70, 96), BF16)
+    row, col = Cast(KEY, dtype=BF16), Cast(KEY, FIXED)
+    (left, none), (nothing, right) = kernels(x, row, None), kernels(x, None, col)
+    assert none is nothing is None
+    for got, alone in zip(kernels(x, row, col), (left, right), strict=True):
+        assert agree(got, alone)
+    assert not agree(left, kernels(x, col, None)[0])
+
+
+# ---------------------------------------------------------------- the GEMM
+
+SMALL = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32}
+
+
+def by_registers(a, b, dtype=FP32):
+    a, b = ([t.to(DEVICE) for t in (q.codes, q.scales, q.s_dec)] for q in (a, b))
+    through = None if GPU else __import__("triton").language.float32
+    return nvfp4.matmul_registers(*a, *b, dtype, SMALL, through).cpu()
+
+
+@pytest.mark.parametrize("M, N, K, rows", ((32, 64, 256, (1, 1)), (37, 70, 80, (1, 1)), (1, 1, 16, (1, 1)),
+                                           (48, 16, 112, (16, 1)), (16, 96, 4096, (1, 16))))
+def test_matmul_in_registers_is_exact_products(M, N, K, rows):
+    """Within 1e-5 of sum |a||b| of float64, and nothing beyond the edge is written."""
+    a, b = (quantize(gaussian(n, K, seed=n), (r, BLOCK)) for n, r in zip((M, N), rows, strict=True))
+    left, right = (q.values().double() * q.s_dec.double() for q in (a, b))
+    exact, bound = left @ right.T, 1e-5 * (left.abs() @ right.abs().T)
+
+    def close(y):
+        return y.shape == exact.shape and bool(((y - exact).abs() <= bound).all())
+    y = by_registers(a, b)
+    assert close(y) and not close(0.98 * y)
+    if K > 16:
+        assert not any(close(by_registers(q, b)) for q in broken(a))
+        assert not any(close(by_registers(a, q)) for q in broken(b))
+    a.scales.view(torch.uint8)[-1, -1] = 0x7F       # NaN stays NaN, in the rows that it belongs to
+    assert torch.equal(by_registers(a, b).isnan().all(1), torch.arange(M) >= M - rows[0])
+
+
+def random_scales(*shape):
+    return torch.randint(1, 120, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_swizzle_is_the_documented_order():
+    """The scale of row r and column c of a 128 x 4 tile lies at (r % 32) * 16 + (r // 32) * 4 + c."""
+    scales = random_scales(200, 6)
+    flat = nvfp4.swizzle(scales.view(torch.float8_e4m3fn), 200).view(torch.uint8).flatten()
+    assert flat.numel() == 256 * 8
+    for r, c in product(range(256), range(8)):
+        place = ((r // 128) * 2 + c // 4) * 512 + (r % 32) * 16 + (r % 128 // 32) * 4 + c % 4
+        assert flat[place] == (scales[r, c] if r < 200 and c < 6 else 0)
+    square = nvfp4.swizzle(scales[:8].view(torch.float8_e4m3fn), 128)           # of 16 x 16 blocks
+    assert torch.equal(square.view(torch.uint8), nvfp4.swizzle(
+        scales[:8].repeat_interleave(16, 0).view(torch.float8_e4m3fn), 128).view(torch.uint8))
+
+
+@pytest.mark.skipif(GPU, reason="on a GPU the native GEMM itself is tested")
+def test_the_native_kernel_reads_swizzled_scales():
+    """_load_swizzled undoes swizzle(), also where neither axis fills its tile."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def copy(s_ptr, out_ptr, n_lines, K, LINES: tl.constexpr, BLOCK_K: tl.constexpr):
+        k = tl.program_id(1) * BLOCK_K
+        s = nvfp4._load_swizzled(s_ptr, n_lines, K, tl.program_id(0), k, LINES, BLOCK_K)
+        rows = tl.program_id(0) * LINES + tl.arange(0, LINES)
+        columns = tl.program_id(1) * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
+        tl.store(out_ptr + rows[:, None] * 16 + columns[None, :], s)
+    scales = random_scales(200, 10)
+    out = torch.full((256, 16), 255, dtype=torch.uint8)
+    swizzled = nvfp4.swizzle(scales.view(torch.float8_e4m3fn), 200).view(torch.uint8)
+    copy[(2, 2)](swizzled, out, 200, 160, 128, 128)
+    assert torch.equal(out, F.pad(scales, (0, 6, 0, 56)))
+
+
+# ---------------------------------------------------------------- compiled for chips that are not here
+
+@functools.cache
+def compiled_for_all_chips():
+    finished = subprocess.run([sys.executable, REPO / "tests/aot.py"], capture_output=True, text=True,
+                              timeout=900, env=os.environ | {"TRITON_INTERPRET": "0"})
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return json.loads(finished.stdout)
+
+
+SHARED_MEMORY = {"80": 99 << 10, "90": 227 << 10, "100": 227 << 10, "103": 227 << 10, "120": 99 << 10}
+# bytes that a block may use; "80" stands for sm_86 and sm_89 too, which have less of it
+TENSOR_CORES = {"80": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "90": "wgmma.mma_async", "100": "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.scale_vec::4X",
+                "120": "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X"}
+TENSOR_CORES["103"] = TENSOR_CORES["100"]
+
+
+@pytest.mark.parametrize("chip", SHARED_MEMORY)
+def test_kernels_compile_to_the_chip_s_instructions(chip):
+    """Every kernel in the configurations of training: the chip's tensor cores and conversions, no register
+    spilled, shared memory within its limit. sm_120 must not be given cvt.rs, which it does not have."""
+    table = {name: chips[chip] for name, chips in compiled_for_all_chips().items() if chip in chips}
+    assert len(table) == 14
+    for name, facts in table.items():
+        said = " ".join(facts["instructions"])
+        assert facts["spills"] == facts["local"] == 0, name
+        assert 0 < facts["shared"] <= SHARED_MEMORY[chip], name
+        assert facts["length"] > 100, name
+        if name.startswith("matmul"):
+            assert TENSOR_CORES[chip] in said, name
+        stochastic = any(word in name for word in ("dy", "stochastic"))
+        nearest = name.startswith("quantize") and not stochastic
+        assert ("cvt.rs.satfinite.e2m1x4" in said) == (stochastic and chip in ("100", "103")), name
+        assert ("cvt.rn.satfinite.e2m1x2" in said) == (nearest and int(chip) >= 100), name
+
+
+# ---------------------------------------------------------------- torch sees through the operators
+
+def test_operators_are_what_they_tell_torch():
+    """torch.library.opcheck: dtypes, shapes and strides without data; gradients registered. (Its schema test
+    compares outputs and cannot, with float8 among them.)"""
+    def check(operator, *arguments, tests=("test_faketensor",)):
+        torch.library.opcheck(operator, arguments, test_utils=tests)
+    for M, recipe, bias in ((32, "nvfp4", False), (37, "ngpt", True)):
+        layer = FP4Linear(torch.nn.Linear(64, 96, bias=bias), RECIPES[recipe]).to(DEVICE)
+        layer.refresh()
+        x, weights = gaussian(M, 64).to(DEVICE), (layer.w_row, layer.w_col, layer.keys, layer.recipe)
+        for saves in (True, False):
+            check(nvfp4._linear, x.clone().requires_grad_(), layer.weight, *weights, saves,
+                  tests=("test_faketensor", "test_autograd_registration"))
+        w, dy = layer.weight.detach(), gaussian(M, 96).to(DEVICE)
+        saved = list(nvfp4._linear(x, w, *weights, True)[1:])
+        for needs in product((True, False), repeat=2):
+            check(nvfp4._linear_backward, dy, saved, w, *weights[1:], *needs)
+    check(nvfp4._quantize_op, x[:32], KEY.to(DEVICE), None, 16, True)
+    q = quantize(x)
+    check(nvfp4._matmul_op, *[q.codes, q.scales, q.s_dec] * 2, BF16)
+
+
+def small_model(recipe="nvfp4"):
+    """Two linears with a nonlinearity between; 45 tokens: the last block of wgrad is not full."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 64))
+    convert(model, RECIPES[recipe], report=lambda line: None)
+    nvfp4.set_step(model.to(DEVICE), SEED, 3)
+    return model, gaussian(45, 64).to(DEVICE).requires_grad_()
+
+
+def gradients(model, x, call):
+    y = call(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("recipe", ("nvfp4", "ngpt"))
+def test_activation_checkpointing_changes_no_bit(recipe):
+    """The forward, computed again in the backward, draws the same random bits and quantizes the same."""
+    want = gradients(*(pair := small_model(recipe)), pair[0])
+    model, x = small_model(recipe)
+    got = gradients(model, x, lambda x: checkpoint(model, x, use_reentrant=False))
+    assert all(same(g, w) for g, w in zip(got, want, strict=True))
+    model, x = small_model(recipe)
+    nvfp4.set_step(model, SEED, 4)
+    assert not all(same(g, w) for g, w in zip(gradients(model, x, model), want, strict=True))
+
+
+@pytest.mark.parametrize("recipe", ("nvfp4", "ngpt"))
+def test_compiled_model_is_one_graph_and_sees_new_weights(recipe):
+    """torch.compile breaks the graph once, before the model, where convert()'s hook looks at the weights; the
+    rest is one graph. The backend aot_eager fuses nothing, so all bits are those of the eager model."""
+    want_model, x = small_model(recipe)
+    model, _ = small_model(recipe)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager")
+    for step in range(3):
+        x.grad = None
+        want = gradients(want_model, x, want_model)
+        want, x.grad = [t.clone() for t in want], None
+        assert all(same(g, w) for g, w in zip(gradients(model, x, compiled), want, strict=True)), step
+        for m in (model, want_model):               # an optimizer that leaves the version counter as it was
+            torch.optim.AdamW(m.parameters(), lr=0.1, fused=True).step()
+            m.zero_grad()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    del model._forward_pre_hooks[next(iter(model._forward_pre_hooks))]          # control: without that hook
+    torch._dynamo.reset()
+    compiled(x)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+            want_model.load_state_dict(model.state_dict())
+    assert not same(compiled(x), want_model(x))
+
+
+@pytest.mark.parametrize("recipe", ("nvfp4", "ngpt"))
+def test_what_the_layer_keeps_for_its_backward(recipe):
+    """4.5 bits a value of its input, and the scalar s_dec: more than 3.5 times less than bf16."""
+    kept = nvfp4._kept_bytes(recipe, BF16, DEVICE)
+    assert kept == (4 + 8 / BLOCK) / 8 + (8 + 96) / (1024 * 512)                # two s_dec, six keys
+    assert nvfp4._kept_bytes(None, BF16, DEVICE) == 2 > 3.5 * kept
+
+
+# ---------------------------------------------------------------- on a GPU
+
+@needs_gpu
+@pytest.mark.parametrize("name", ("ngpt", "nvfp4"))
+def test_layer_on_a_gpu_is_the_layer_on_a_cpu(name):
+    """The operands are the same bits; y, dx and dw differ by the order of summation and bf16's rounding."""
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        layer = FP4Linear(torch.nn.Linear(256, 384, bias=False), RECIPES[name], 3).to(device)
+        nvfp4.set_step(layer, SEED, 5)
+        x = F.normalize(gaussian(200, 256), dim=1).bfloat16().to(device).requires_grad_()
+        y = layer(x)
+        y.backward(gaussian(200, 384, seed=1).bfloat16().to(device))
+        results.append([t.detach().cpu().float() for t in (y, x.grad, layer.weight.grad)])
+    for got, want in zip(*results, strict=True):
+        assert float((got - want).norm() / want.norm()) < 2**-8
+    assert float((results[0][0] - results[1][0].roll(1, 0)).norm() / results[0][0].norm()) > 0.5
+
+
+@needs_gpu
+def test_matmul_on_a_gpu(M=300, N=200, K=1024):
+    """Whatever way hardware() chose: 1e-5 in fp32, and one rounding more in bf16."""
+    a, b = (quantize(gaussian(n, K, seed=n).to(DEVICE)) for n in (M, N))
+    left, right = (q.values().double() * q.s_dec.double() for q in (a, b))
+    exact, bound = left @ right.T, 1e-5 * (left.abs() @ right.abs().T)
+    assert bool(((matmul(a, b) - exact).abs() <= bound).all())
+    assert bool(((matmul(a, b, BF16) - exact).abs() <= bound + 2**-8 * exact.abs()).all())
+    assert not bool(((matmul(a, b) * 0.98 - exact).abs() <= bound).all())
+
+
+@needs_gpu
+def test_cuda_graph_of_a_training_step():
+    """A captured step, replayed with new keys and new weights, computes what the eager step computes."""
+    def make():
+        torch.manual_seed(0)
+        layer = FP4Linear(torch.nn.Linear(128, 128, bias=False), FP4Config(), 0).to(DEVICE)
+        return layer, torch.optim.SGD(layer.parameters(), lr=0.1)
+    x, dy = gaussian(64, 128).to(DEVICE), gaussian(64, 128, seed=1).to(DEVICE)
+
+    def step(layer, optimizer):
+        layer(x).backward(dy)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    (want, want_optimizer), (layer, optimizer) = make(), make()
+    nvfp4.set_step(layer, SEED, 0)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(layer, optimizer)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(layer, optimizer)
+    with torch.no_grad():
+        layer.weight.copy_(want.weight)
+    for n in range(4):
+        nvfp4.set_step(layer, SEED, n)
+        nvfp4.set_step(want, SEED, n)
+        graph.replay()
+        step(want, want_optimizer)
+        assert same(layer.weight.detach(), want.weight.detach()), n
+
+
+@needs_gpu
+def test_rounding_instructions_agree_with_the_definition():
+    """Where the chip has them: cvt.rn, and cvt.rs with the definition's random bytes."""
+    found = nvfp4.hardware(0)
+    for has, key in zip(found[:2], (None, KEY), strict=True):
+        if has:
+            for kind in KINDS:
+                x = sample(kind, (128, 112), BF16)
+                row, col = kernels(x, Cast(key), Cast(key, FIXED), (True, True))
+                assert agree(row, nvfp4._cast_torch(x, Cast(key), 1)), kind
+                assert agree(col, nvfp4._cast_torch(x, Cast(key, FIXED), 0)), kind
+    if not any(found[:2]):
+        pytest.skip(f"{torch.cuda.get_device_name()} has no FP4 conversions: rounding is in software")
