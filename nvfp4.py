@@ -31,12 +31,16 @@ Which rounding, block shape, rotation and tensor scale each operand gets is a re
 data.
 
 Layout of the code: a matrix is looked at as blocks, (R, C/16, 16) where the GEMM sums over columns and
-(R/16, 16, C) where it sums over rows. Whole-tensor PyTorch is the definition; torch.compile fuses it.
+(R/16, 16, C) where it sums over rows. Whole-tensor PyTorch is the definition and, fused by torch.compile,
+what runs on a CPU. On NVIDIA GPUs Triton kernels do the same bit for bit; a first reading may skip both
+sections named Triton. What multiplies: on Blackwell its FP4 units, elsewhere bf16 units, as said above.
 
 Sources: 2509.25149 (the format and NVIDIA's recipe), 2605.06067 (nGPT's recipe). M N K are GEMM sizes
 throughout.
 
     python nvfp4.py             the format, its errors, what runs on this machine, and what it costs
+    python nvfp4.py --json      the same for machines
+    python nvfp4.py 0.1 -2.5 3  these numbers through the format, step by step
 """
 import ast
 import fnmatch
@@ -287,7 +291,7 @@ def _unpack(codes, scale, dim, dtype):
     """The reverse: codes, two a byte, and scale fp32, one for each 1x16 block -> code * scale (R, C)."""
     values = []
     for nibble in (codes & 15, codes >> 4):
-        code = (nibble & 7).float()                 # concave in the code's sign-free part: see e2m1
+        code = (nibble & 7).float()                 # three steps of the grid: the largest of three lines
         value = torch.maximum(torch.maximum(0.5 * code, code - 2), 2 * code - 8)
         values.append(torch.where(nibble > 7, -value, value))
     pairs = torch.stack(values, dim)                # (R, C/2, 2) or (R/2, 2, C)
@@ -1551,7 +1555,7 @@ def _kept_bytes(recipe, dtype, device):
 
 def _training_step(*arguments):
     """(a function that runs one optimizer step, tokens, FLOPs) of a config, put together as train.py does."""
-    import train                                    # the one place where this file looks at the others
+    import train
     from model import build, flops_per_token
     c = train.load_config(list(arguments))
     train.keep_memory()
@@ -1606,6 +1610,7 @@ def benchmark(device, say=lambda row: None):
         row(f"{print_size}: {what}", ms, n * n * width, "GB/s", rows[0] if rows else None,
             rows[1] if len(rows) > 1 else None)
     copy = rows[0]
+    import train                                    # the one place where this file looks at the others
     from model import hypersphere_step
     tokens, width = (16384, 4096) if gpu else (4096, 1024)
     h, f, dh = (torch.randn(tokens, width, device=device) for _ in range(3))
@@ -1636,7 +1641,9 @@ def benchmark(device, say=lambda row: None):
         step, tokens, flops = _training_step(f"configs/{arch}_{size}.py", batch, f"--device={device.type}",
                                              f"--recipe={recipe}", *more)
         ms, = _median_ms([step], device, repeat=7)
-        name = "fp32" if more else recipe
+        name, peak = "fp32" if more else recipe, train.peak_flops(device)
+        if peak:
+            name += f" (MFU {100 * flops / (1e-3 * ms * peak):.1f} %)"
         now = row(f"training step of {arch}_{size}, {tokens} tokens: {name}", ms, flops, "TFLOP/s", product,
                   plain if arch == "ngpt" else None)
         plain = plain or now

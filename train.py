@@ -393,6 +393,12 @@ def keep_memory():
 PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense FLOP/s, for the MFU
 
 
+def peak_flops(device):
+    """Dense bf16 FLOP/s of a GPU by its name, or None."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for gpu, flops in PEAK_BF16.items() if gpu in name), None)
+
+
 def choose_device(c, local_rank=0):
     """(device, dtype of the activations), 'auto' resolved."""
     kind = c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -557,8 +563,7 @@ def train(c, stop=()):
 
     tokens_per_step = c.gradient_accumulation_steps * c.batch_size * c.model.block_size
     micro_steps = c.gradient_accumulation_steps // world
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    peak = next((flops for gpu, flops in PEAK_BF16.items() if gpu in name), None)
+    peak = peak_flops(device)
     bits_per_byte = 1 / math.log(2) / header.bytes_per_token
     times, result = [], {}
     for step in range(first_step, last_step + 1):

@@ -1,5 +1,7 @@
-"""Proofs for the Triton kernels of nvfp4.py: on a GPU where there is one, else under Triton's interpreter; and  compiled for five chips without any of them. They must be what _cast_torch is, which test_nvfp4.py holds to
-the oracle."""
+"""Proofs for the Triton kernels of nvfp4.py: on a GPU where there is one, else under Triton's interpreter;
+and compiled for five chips without one. They must be what _cast_torch is, which test_nvfp4.py holds to the
+oracle.
+"""
 import functools
 import json
 import os
@@ -8,6 +10,7 @@ import sys
 from itertools import count, product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +24,7 @@ from nvfp4 import (BLOCK, RECIPES, SIGNS, Cast, Decoded, FP4Config, FP4Linear, N
                    matmul, quantize)
 from test_nvfp4 import KINDS, SEED, broken, eager, gaussian, same, sample  # noqa: E402, F401
 
-pytest.importorskip("triton", reason="no Triton on this system")
+triton = pytest.importorskip("triton", reason="no Triton on this system")
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
@@ -117,10 +120,12 @@ SMALL = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32}
 
 def by_registers(a, b, dtype=FP32):
     a, b = ([t.to(DEVICE) for t in (q.codes, q.scales, q.s_dec)] for q in (a, b))
-    through = None if GPU else __import__("triton").language.float32
+    through = None if GPU else triton.language.float32
     return nvfp4.matmul_registers(*a, *b, dtype, SMALL, through).cpu()
 
 
+@pytest.mark.skipif(not GPU and triton.__version__ < "3.7" and np.__version__ >= "2.4",
+                    reason="the interpreter of this Triton cannot loop with this numpy")
 @pytest.mark.parametrize("M, N, K, rows", ((32, 64, 256, (1, 1)), (37, 70, 80, (1, 1)), (1, 1, 16, (1, 1)),
                                            (48, 16, 112, (16, 1)), (16, 96, 4096, (1, 16))))
 def test_matmul_in_registers_is_exact_products(M, N, K, rows):
@@ -160,8 +165,7 @@ def test_swizzle_is_the_documented_order():
 @pytest.mark.skipif(GPU, reason="on a GPU the native GEMM itself is tested")
 def test_the_native_kernel_reads_swizzled_scales():
     """_load_swizzled undoes swizzle(), also where neither axis fills its tile."""
-    import triton
-    import triton.language as tl
+    tl = triton.language
 
     @triton.jit
     def copy(s_ptr, out_ptr, n_lines, K, LINES: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -189,7 +193,8 @@ def compiled_for_all_chips():
 
 SHARED_MEMORY = {"80": 99 << 10, "90": 227 << 10, "100": 227 << 10, "103": 227 << 10, "120": 99 << 10}
 # bytes that a block may use; "80" stands for sm_86 and sm_89 too, which have less of it
-TENSOR_CORES = {"80": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "90": "wgmma.mma_async", "100": "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.scale_vec::4X",
+TENSOR_CORES = {"80": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "90": "wgmma.mma_async",
+                "100": "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.scale_vec::4X",
                 "120": "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X"}
 TENSOR_CORES["103"] = TENSOR_CORES["100"]
 
@@ -199,12 +204,13 @@ def test_kernels_compile_to_the_chip_s_instructions(chip):
     """Every kernel in the configurations of training: the chip's tensor cores and conversions, no register
     spilled, shared memory within its limit. sm_120 must not be given cvt.rs, which it does not have."""
     table = {name: chips[chip] for name, chips in compiled_for_all_chips().items() if chip in chips}
+    assert not any(name.startswith("starved") for name in table) or table.pop(
+        "starved codes, stochastic")["stack"] > 0   # control: spilled registers are seen
     assert len(table) == 14
     for name, facts in table.items():
         said = " ".join(facts["instructions"])
-        assert facts["spills"] == facts["local"] == 0, name
+        assert facts["stack"] == facts["local"] == 0 < facts["reg"], name
         assert 0 < facts["shared"] <= SHARED_MEMORY[chip], name
-        assert facts["length"] > 100, name
         if name.startswith("matmul"):
             assert TENSOR_CORES[chip] in said, name
         stochastic = any(word in name for word in ("dy", "stochastic"))
@@ -265,30 +271,31 @@ def test_activation_checkpointing_changes_no_bit(recipe):
 
 @pytest.mark.parametrize("recipe", ("nvfp4", "ngpt"))
 def test_compiled_model_is_one_graph_and_sees_new_weights(recipe):
-    """torch.compile breaks the graph once, before the model, where convert()'s hook looks at the weights; the
-    rest is one graph. The backend aot_eager fuses nothing, so all bits are those of the eager model."""
+    """convert()'s hook, before the model, looks at the weights outside of the graph; the rest is one graph.
+    The backend aot_eager fuses nothing, so all bits are those of the eager model."""
     want_model, x = small_model(recipe)
     model, _ = small_model(recipe)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, backend="aot_eager")
     for step in range(3):
         x.grad = None
-        want = gradients(want_model, x, want_model)
-        want, x.grad = [t.clone() for t in want], None
+        want = [t.clone() for t in gradients(want_model, x, want_model)]
+        x.grad = None
         assert all(same(g, w) for g, w in zip(gradients(model, x, compiled), want, strict=True)), step
         for m in (model, want_model):               # an optimizer that leaves the version counter as it was
             torch.optim.AdamW(m.parameters(), lr=0.1, fused=True).step()
             m.zero_grad()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    del model._forward_pre_hooks[next(iter(model._forward_pre_hooks))]          # control: without that hook
+    want = want_model(x)
+    blindly = torch.compile(blind(model), backend="aot_eager", fullgraph=True)
+    assert not same(blindly(x), want)               # control: the weights are stale
+    nvfp4._refresh_weights(model, None)
+    assert same(blindly(x), want)
+
+
+def blind(model):
+    """The model without the hook."""
     torch._dynamo.reset()
-    compiled(x)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(1)
-            want_model.load_state_dict(model.state_dict())
-    assert not same(compiled(x), want_model(x))
+    model._forward_pre_hooks.clear()
+    return model
 
 
 @pytest.mark.parametrize("recipe", ("nvfp4", "ngpt"))

@@ -3,6 +3,7 @@
 Every group has a negative control: the same check fails on something broken. All run the eager definition,
 which needs no compiler; the last group holds the compiled code to it.
 """
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -604,6 +605,50 @@ def test_mistakes_get_one_line(words, mistake):
     with pytest.raises(ValueError) as error:
         mistake()
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- the tour
+
+def test_walk_shows_what_quantize_does(capsys):
+    """Every number of the page that a teacher projects: quantize()'s codes and decoded values, e2m1()'s odds."""
+    numbers = [0.1, -2.5, 3.0, 0.7, 0.0, -0.0, 1e-8, 700.0, *range(12)]
+    nvfp4.main(list(map(str, numbers)))
+    said = capsys.readouterr().out.splitlines()
+    q = quantize(F.pad(torch.tensor([numbers]), (0, 12)))
+    rows = [line.split() for line in said if line[:1] == " " and "code" not in line]
+    assert len(rows) == len(numbers) and sum(line.startswith("block") for line in said) == 2
+    for i, row in enumerate(rows):
+        code = int(q.codes[0, i // 2] >> 4 * (i % 2)) & 15
+        assert int(row[2]) == code == int("".join(row[3:6]), 2) and float(row[0]) == numbers[i]
+        assert float(row[6]) == E2M1_VALUES[code & 7] * (-1 if code & 8 else 1)
+        assert float(row[7]) == pytest.approx(float(q.dequantize()[0, i]), rel=1e-6)    # 7 digits are printed
+    nvfp4.main(["0.1", "-2.5", "0.7"])              # 0.24 and 1.68 in units of the scale
+    odds = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[4:7]]
+    assert odds == ["0, or 0.5 in 122 of 256", "4, or 6 in 255 of 256", "1.5, or 2 in 92 of 256"]
+    for wrong in (["abc"], ["1", "--json"], ["--jsn"]):
+        with pytest.raises(SystemExit) as stopped:
+            nvfp4.main(wrong)
+        assert "\n" not in stopped.value.code and wrong[-1] in stopped.value.code
+
+
+def test_benchmark_compares_like_with_like(monkeypatch, capsys):
+    """Its rows with times made up, all 2 ms: rates, percent and ratios follow from the amounts alone."""
+    monkeypatch.setattr(nvfp4, "_median_ms", lambda functions, device, repeat=15: [2.0] * len(functions))
+    rows = nvfp4.benchmark(torch.device("cpu"), nvfp4.print_row)
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+    by = {row["what"]: row for row in rows}
+    size = "4096 x 4096 float32: "
+    assert by[size + "copy into place"]["rate"] == pytest.approx(2 * 4 * 4096**2 / 2e-3 / 1e9)
+    assert by[size + "quantize, fixed amax"]["percent"] == pytest.approx(100 * (4 + 0.5625) / 8)
+    assert by[size + "quantize"]["percent"] == pytest.approx(100 * (2 * 4 + 0.5625) / 8)
+    assert by[size + "quantize"]["ratio"] == 1 and by[size + "quantize"]["ratio_to"] == size + "x.clone()"
+    product = by["matmul 2048 x 2048 x 2048: bf16"]
+    assert product["rate"] == pytest.approx(2 * 2048**3 / 2e-3 / 1e12)
+    linear = by["Linear(2048, 2048), 2048 tokens, forward + backward: nvfp4"]
+    assert linear["percent"] == pytest.approx(300) and linear["ratio_to"].endswith("float32")
+    kept = [row["rate"] for row in rows if row["unit"] == "bytes a value"]
+    assert kept[0] == 2 and all(k < 2 / 3 for k in kept[1:])
+    json.dumps(rows)
 
 
 # ---------------------------------------------------------------- the compiled code is the definition
