@@ -43,6 +43,7 @@ throughout.
     python nvfp4.py 0.1 -2.5 3  these numbers through the format, step by step
 """
 import ast
+import contextlib
 import fnmatch
 import functools
 import itertools
@@ -51,6 +52,7 @@ import math
 import re
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -62,7 +64,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 try:
     import triton
     import triton.language as tl
-except ImportError:                                 # no Triton, no NVIDIA GPU: the definition runs
+except ImportError:                                 # the definition runs on any device
     triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=None)
 
 # ---------------------------------------------------------------- constants of the format
@@ -408,9 +410,16 @@ def cast(x, row=None, col=None):
     x = x.contiguous()
     if row is not None and x.shape[1] % BLOCK:
         x = F.pad(x, (0, -x.shape[1] % BLOCK))
-    if x.is_cuda:
+    if uses_kernels(x.device):
         return _cast_triton(x, row, col)
     return row and _cast_torch(x, row, 1), col and _cast_torch(x, col, 0)
+
+
+@functools.cache
+def uses_kernels(device):
+    """Whether the Triton kernels run on a device: NVIDIA GPUs from sm_80 on, where there is Triton."""
+    return (device.type == "cuda" and torch.version.hip is None and hasattr(triton, "cdiv")
+            and torch.cuda.get_device_capability(device)[0] >= 8)
 
 
 def _cast_torch(x, how, axis):
@@ -486,15 +495,15 @@ def fake_quantize(x, key=None, signs=None, amax=None, axis=1, rows=1, unbiased=F
 
 
 # ---------------------------------------------------------------- quantize: Triton
-# The same on NVIDIA GPUs, in one pass over x. A program owns a tile of x and looks at its blocks as 16
-# tensors, v[j] holding element j of every block, so that what happens inside a block - maximum, butterflies,
-# packing - is arithmetic between registers. Along the rows (axis 1) they come from splitting the loaded tile
-# four times in halves, along the columns (axis 0) from loading every 16th row; the second reading of a tile
-# finds it in the cache. All rounding is by fp32 and integer arithmetic, which is the same everywhere; chips
-# with instructions for it use them (PTX, below).
+# The same on NVIDIA GPUs, in one pass over x, and one before it where the largest magnitude is wanted. A
+# program owns a tile of x and looks at its blocks as 16 tensors, v[j] holding element j of every block, so
+# that what happens inside a block - maximum, butterflies, packing - is arithmetic between registers. Along
+# the rows (axis 1) they come from splitting the loaded tile four times in halves, along the columns (axis 0)
+# from loading every 16th row; the second reading of a tile finds it in the cache. All rounding is by fp32 and
+# integer arithmetic, the same everywhere; chips with instructions for it use them (PTX, below).
 
 TILE = 64                                           # a program's tile of x is TILE x TILE
-QUANTIZE_OPTIONS = {"num_warps": 4, "maxnreg": 128}  # left alone, ptxas spills rather than use 80 registers
+QUANTIZE_OPTIONS = {"num_warps": 4, "maxnreg": 168}  # left alone, ptxas spills on sm_100, with 80 registers
 
 
 @triton.jit
@@ -767,8 +776,18 @@ def _constant(value, device):
 
 def _cast_triton(x, row, col, ptx=None):
     """cast() by the kernels, for a contiguous x. ptx: chip has instructions for (nearest, stochastic)."""
-    R, C = x.shape
     ptx = hardware(x.device.index)[:2] if ptx is None else ptx
+    with _current(x.device):
+        return _launch_quantize(x, row, col, ptx)
+
+
+def _current(device):
+    """Context: Triton launches on the current device, which need not be that of its arguments."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _launch_quantize(x, row, col, ptx):
+    R, C = x.shape
     grid = (triton.cdiv(R, TILE) * triton.cdiv(C, TILE),)
     signs = [how.signs if how and how.signs is not None else None for how in (row, col)]
     measured = [how is not None and how.amax is None for how in (row, col)]
@@ -828,15 +847,17 @@ def gemm(a, b, alpha, dtype):
     want = gemm_dtype(a.device, dtype)
     a, b = a.to(want), b.to(want)
     if a.is_cuda:
-        matmul_flags = torch.backends.cuda.matmul
-        reduced = matmul_flags.allow_bf16_reduced_precision_reduction
-        matmul_flags.allow_bf16_reduced_precision_reduction = False             # partial sums stay in fp32
+        flags = torch.backends.cuda.matmul
+        reduced = flags.allow_bf16_reduced_precision_reduction
+        if reduced:                                 # partial sums stay in fp32
+            flags.allow_bf16_reduced_precision_reduction = False
         try:
             if isinstance(alpha, float) and dtype == torch.bfloat16:
                 return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
             return _scale_result(torch.mm(a, b, out_dtype=torch.float32), alpha, dtype)
         finally:
-            matmul_flags.allow_bf16_reduced_precision_reduction = reduced
+            if reduced:
+                flags.allow_bf16_reduced_precision_reduction = True
     empty = a.new_empty(())
     if want == torch.bfloat16:
         return torch.addmm(empty, a, b, beta=0, alpha=float(alpha))
@@ -857,7 +878,7 @@ def _scale_result(y, alpha, dtype):
 def matmul(a, b, dtype=torch.float32, alpha=None):
     """a (M, K) @ b (N, K)^T of two NVFP4Tensors or Decoded -> (M, N) in dtype.
 
-    alpha   the product of their s_dec, where it is known on the host
+    alpha   the product of their s_dec, where it is known on the host; of use to Decoded operands only
     error   the order of fp32 accumulation only: 1e-5 relative to float64, test_matmul_is_exact_products
     """
     if isinstance(a, NVFP4Tensor) and isinstance(b, NVFP4Tensor):
@@ -872,7 +893,7 @@ def _matmul_op(a: torch.Tensor, a_scales: torch.Tensor, a_s_dec: torch.Tensor, b
                b_scales: torch.Tensor, b_s_dec: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """matmul() of codes as one operator: native where the chip multiplies FP4, decoded in registers on other
     GPUs, decoded in memory elsewhere."""
-    if a.is_cuda:
+    if uses_kernels(a.device):
         way = hardware(a.device.index).matmul
         return WAYS[way](a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype)
     a, b = (NVFP4Tensor(codes, scales, None).values(gemm_dtype(codes.device, dtype))
@@ -997,8 +1018,9 @@ def _launch_matmul(kernel, a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype, bl
     (M, K), N = (a.shape[0], 2 * a.shape[1]), b.shape[0]
     y = torch.empty((M, N), dtype=dtype, device=a.device)
     grid = (triton.cdiv(M, block["BLOCK_M"]) * triton.cdiv(N, block["BLOCK_N"]),)
-    kernel[grid](a.contiguous(), a_scales, a_s_dec, b.contiguous(), b_scales, b_s_dec, y, M, N, K, **block,
-                 **constants)
+    with _current(a.device):
+        kernel[grid](a.contiguous(), a_scales, a_s_dec, b.contiguous(), b_scales, b_s_dec, y, M, N, K,
+                     **block, **constants)
     return y
 
 
@@ -1022,6 +1044,8 @@ def matmul_dot_scaled(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
 def matmul_scaled_mm(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
     """matmul() of codes by torch's own block-scaled matmul (cuBLAS), where the installed torch offers it."""
     from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
+    if a.shape[1] % 16 or b.shape[0] % 16:          # cuBLAS reads 16 bytes at a time, and writes 16 columns
+        return matmul_dot_scaled(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype)
     scaling = [ScalingType.BlockWise1x16, ScalingType.TensorWise]
     order = [SwizzleType.SWIZZLE_32_4_4, SwizzleType.NO_SWIZZLE]
     a, b = (t.contiguous().view(torch.float4_e2m1fn_x2) for t in (a, b))
@@ -1045,7 +1069,8 @@ def hardware(index):
     """Look at GPU number index once: try the FP4 instructions that its generation has, and use those that
     agree with the definition: rounding bit for bit, products to 1e-5. Others are named on stderr."""
     generation = torch.cuda.get_device_capability(index)[0]
-    x = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(204, 272, generator=torch.Generator().manual_seed(0)).bfloat16()   # edges, and many ties
+    x[:4] *= torch.tensor([0.0, 1e-6, 1e-39, 100.0])[:, None]
     key = _key(1, "cpu")
 
     def agrees(what, check):
@@ -1059,19 +1084,23 @@ def hardware(index):
         return False
 
     def rounds(key):
-        want = _cast_torch(x, Cast(key), 1)
-        key = key if key is None else key.cuda(index)
-        got, _ = _cast_triton(x.cuda(index), Cast(key), None, ptx=(True, True))
-        return torch.equal(got.codes.cpu(), want.codes)
+        for amax in (None, 1.0):
+            how = Cast(key if key is None else key.cuda(index), amax=amax)
+            got, _ = _cast_triton(x.cuda(index), how, None, ptx=(True, True))
+            if not torch.equal(got.codes.cpu(), _cast_torch(x, Cast(key, amax=amax), 1).codes):
+                return False
+        return True
 
     def multiplies(way):
-        q = _cast_torch(x, Cast(), 1)
-        args = [t.cuda(index) for t in (q.codes, q.scales, q.s_dec)]
-        want, scale = q.dequantize().double() @ q.dequantize().double().T, q.dequantize().double().abs()
-        bound = scale @ scale.T
-        return all(bool(((way(*args, *args, dtype).cpu().double() - want).abs()
-                         <= 1e-5 * bound + (dtype == torch.bfloat16) * 2**-8 * want.abs()).all())
-                   for dtype in (torch.bfloat16, torch.float32))
+        for n in (112, 108):                        # lines of b
+            a, b = _cast_torch(x[:96], Cast(rows=16), 1), _cast_torch(x[-n:], Cast(), 1)
+            args = [t.cuda(index) for q in (a, b) for t in (q.codes, q.scales, q.s_dec)]
+            a, b = a.dequantize().double(), b.dequantize().double()
+            for dtype, rounding in ((torch.bfloat16, 2**-8), (torch.float32, 0)):
+                error = (way(*args, dtype).cpu().double() - a @ b.T).abs()
+                if not bool((error <= 1e-5 * (a.abs() @ b.abs().T) + rounding * (a @ b.T).abs()).all()):
+                    return False
+        return True
     nearest = generation in (10, 12) and agrees("cvt.rn.satfinite.e2m1x2", lambda: rounds(None))
     stochastic = generation == 10 and agrees("cvt.rs.satfinite.e2m1x4", lambda: rounds(key))  # not in sm_120
     native = [way for way in ("scaled_mm", "dot_scaled")
@@ -1140,7 +1169,10 @@ def recipe_changes(cfg):
 
 def native(device):
     """Whether a device multiplies FP4 itself: operands then stay packed."""
-    return device.type == "cuda" and hardware(device.index or 0).matmul != "registers"
+    if not uses_kernels(device):
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return hardware(index).matmul != "registers"
 
 
 def rotation(cfg, gemm_name, keys):
@@ -1193,6 +1225,15 @@ def _operand(tensors):
     return q
 
 
+def _into(old, new):
+    """Tensors copied into older ones of their kind; themselves where those are of another."""
+    if [(t.shape, t.dtype, t.device) for t in old] != [(t.shape, t.dtype, t.device) for t in new]:
+        return new
+    for a, b in zip(old, new, strict=True):
+        a.copy_(b)
+    return old
+
+
 @functools.cache
 def _config(recipe):
     return FP4Config(**ast.literal_eval(recipe))
@@ -1227,12 +1268,12 @@ def _(x, w, w_row, w_col, keys, recipe, saves):
         return y, *(x.new_empty(0) for _ in range(3))
     n, K = (x.shape[0] + BLOCK - 1) // BLOCK, x.shape[1]
 
-    def empty(columns, dtype):                      # cast() of columns: contiguous on a GPU, a view elsewhere
-        return x.new_empty((K, columns) if x.is_cuda else (columns, K), dtype=dtype)
-    codes, scales = empty(n * BLOCK // 2, torch.uint8), empty(n, torch.float8_e4m3fn)
-    if not x.is_cuda:
-        codes, scales = codes.t(), scales.t()
-    return y, codes, scales, x.new_empty((), dtype=torch.float32)
+    def empty(columns, dtype):                      # the kernels' x^T is contiguous, the definition's a view
+        if uses_kernels(x.device):
+            return x.new_empty((K, columns), dtype=dtype)
+        return x.new_empty((columns, K), dtype=dtype).t()
+    return (y, empty(n * BLOCK // 2, torch.uint8), empty(n, torch.float8_e4m3fn),
+            x.new_empty((), dtype=torch.float32))
 
 
 @torch.library.custom_op("nvfp4::linear_backward", mutates_args=())
@@ -1303,8 +1344,9 @@ class FP4Linear(torch.nn.Linear):
     """nn.Linear whose GEMMs run in NVFP4; same parameters and state_dict. Use convert() to make them.
 
     The fp32 master weight is quantized when it has changed, once per optimizer step, and serves every
-    micro-batch. Changes through weight.data go unnoticed until the next set_step or optimizer step. keys
-    (6, 2) int64 are the Philox keys of the six operands; set_step draws them.
+    micro-batch. Changes through weight.data, or by a CUDA graph that is replayed, go unnoticed until set_step
+    opens another step or an optimizer is called. keys (6, 2) int64 are the Philox keys of the six operands;
+    set_step draws them.
     """
 
     def __init__(self, linear, cfg, index=0):
@@ -1314,20 +1356,24 @@ class FP4Linear(torch.nn.Linear):
         self.cfg, self.index = cfg, index           # index: which linear layer, for the random stream
         self.recipe = repr(asdict(cfg))             # cfg as an operator takes it
         self.fp4 = True                             # False: high precision for now, see high_precision()
-        self.drawn = None                           # (seed, step) that the keys belong to
+        self.drawn = None                           # (seed, step) that the keys belong to; None: to no step
+        self.hooked = False                         # a hook of convert() looks after the quantized weight
         self.version = None                         # of the weight behind w_row and w_col
         self.w_row, self.w_col = [], []
         # no buffer: DistributedDataParallel would overwrite it with the first rank's
-        self.keys = torch.zeros(len(OPERANDS), 2, dtype=torch.int64, device=linear.weight.device)
+        self.keys = torch.tensor([stream_key(0, 0, 0, index, operand) for operand in range(len(OPERANDS))],
+                                 device=linear.weight.device)
         _optimizer_steps()                          # starts counting
         _check_size("K", self.in_features, BLOCK)
         _check_size("N", self.out_features, BLOCK)
 
+    @torch.inference_mode(False)                    # an evaluation's weights must serve training too
     @torch.no_grad()
     def refresh(self):
-        """Quantize the weight if it has changed since the last time, and always in a CUDA graph's capture."""
+        """Quantize the weight if it has changed since the last time, and always in a CUDA graph's capture;
+        into the same memory, where graphs look for it."""
         w, cfg = self.weight, self.cfg
-        version = (w._version, w.data_ptr(), _optimizer_steps()[0], self.drawn)
+        version = (id(w), w._version, w.data_ptr(), _optimizer_steps()[0], self.drawn)
         if self.version == version and not (w.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         self.version, self.keys = version, self.keys.to(w.device)
@@ -1335,15 +1381,17 @@ class FP4Linear(torch.nn.Linear):
         square = cfg.weight_block == "16x16" and not {"fprop", "dgrad"} & set(cfg.hadamard)
         shared = square and not {"fprop.w", "dgrad.w"} & set(cfg.stochastic) and row.dtype is not None
         w_row, w_col = cast(w, row, None if shared else col)                    # (N, K), (K, N)
+        self.w_row = _into(self.w_row, _tensors(w_row))
         if shared:                                  # square blocks: the transpose of one is the other
-            w_col = Decoded(w_row.decoded.t(), w_row.s_dec)
-        self.w_row, self.w_col = _tensors(w_row), _tensors(w_col)
+            self.w_col = [self.w_row[0].t(), self.w_row[1]]
+        else:
+            self.w_col = _into(self.w_col, _tensors(w_col))
 
     def forward(self, x):
-        if not self.fp4:
+        if not self.fp4 or x.numel() == 0:
             return F.linear(x, self.weight, self.bias)
-        if not torch.compiler.is_compiling():       # there convert()'s hook on the model has done it
-            self.refresh()
+        if not (torch.compiler.is_compiling() and self.hooked):
+            _refresh_weights(self, None)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
@@ -1362,10 +1410,14 @@ def fp4_layers(model):
 
 @torch.compiler.disable
 def _refresh_weights(model, _):
-    """A hook before a model's forward: compiled layers cannot look whether their weight has changed."""
+    """convert()'s hook before a model's forward: compiled layers cannot look whether their weight has
+    changed. A block that is compiled by itself must therefore be reached through its model."""
     for m in fp4_layers(model):
         if m.fp4:
             m.refresh()
+            if m.drawn is None and m.training and m.cfg.stochastic and torch.is_grad_enabled():
+                warnings.warn("stochastic rounding repeats its random bits: call set_step before every "
+                              "micro-batch", stacklevel=2)
 
 
 def set_step(model, seed, step, micro_batch=0):
@@ -1379,11 +1431,12 @@ def set_step(model, seed, step, micro_batch=0):
         operand = torch.arange(len(OPERANDS))[None, :]                          # (1, 6)
         micro = torch.tensor([0 if name.endswith(".w") else micro_batch for name in OPERANDS])
         keys = torch.stack(stream_key(seed, step, micro, layer, operand), -1)   # (n, 6, 2)
-        keys = keys.to(layers[0].weight.device)
         for m in layers:
-            m.keys = m.keys.to(keys.device)
-            m.drawn = seed, step
-        torch._foreach_copy_([m.keys for m in layers], list(keys))              # in place, for CUDA graphs
+            m.keys, m.drawn = m.keys.to(m.weight.device), (seed, step)
+        for device in {m.weight.device for m in layers}:                        # in place, for CUDA graphs
+            here = [i for i, m in enumerate(layers) if m.weight.device == device]
+            there = keys[here].to(device, non_blocking=True)
+            torch._foreach_copy_([layers[i].keys for i in here], list(there))
 
 
 class high_precision:
@@ -1393,12 +1446,13 @@ class high_precision:
         self.layers = fp4_layers(model)
 
     def __enter__(self):
+        self.before = [m.fp4 for m in self.layers]
         for m in self.layers:
             m.fp4 = False
 
     def __exit__(self, *_):
-        for m in self.layers:
-            m.fp4 = True
+        for m, fp4 in zip(self.layers, self.before, strict=True):
+            m.fp4 = fp4
 
 
 def convert(model, cfg, report=print):
@@ -1431,6 +1485,8 @@ def convert(model, cfg, report=print):
             setattr(model.get_submodule(parent), child, FP4Linear(linear, cfg, index))
             n_converted += 1
     model.register_forward_pre_hook(_refresh_weights)
+    for m in fp4_layers(model):
+        m.hooked = True
     line = f"converted {n_converted}/{len(linears)} linears to NVFP4 ({','.join(cfg.gemms)})"
     for why, names in kept.items():
         line += f"; {why}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} in high precision"
@@ -1446,6 +1502,9 @@ def capability(device=None):
     if kind == "cuda":
         index = torch.device(device or kind).index or 0
         name, chip = torch.cuda.get_device_name(index), "sm_%d%d" % torch.cuda.get_device_capability(index)
+        if not uses_kernels(torch.device(kind, index)):
+            return f"{name} ({chip}): FP4 emulated by its PyTorch definition; the kernels need Triton and " \
+                   "an NVIDIA GPU from sm_80 on"
         nearest, stochastic, way = hardware(index)
         if way == "registers":
             return f"{name} ({chip}) has no FP4 units: FP4 emulated, quantized by Triton kernels, GEMMs on " \
@@ -1463,7 +1522,8 @@ def walk(numbers):
     """The given numbers through the format, step by step, as text: the page to show in front of a class."""
     x = torch.tensor(numbers, dtype=torch.float32)[None]
     x = F.pad(x, (0, -x.shape[1] % BLOCK))
-    q, y = quantize(x), quantize(x).dequantize()
+    q = quantize(x)
+    y = q.dequantize()
     s_enc, s_dec = (float(s) for s in tensor_scales(q.amax))
     lines = [f"tensor   amax {float(q.amax):.8g}    s_enc = 448 * 6 / amax = {s_enc:.8g}    "
              f"s_dec = 1 / s_enc = {s_dec:.8g}"]
@@ -1476,12 +1536,12 @@ def walk(numbers):
                       f"{bits[0]} {bits[1:5]} {bits[5:]}",
                       f"{'x':>13s} {'x / (scale s_dec)':>18s} {'code':>5s} {'bits':>7s} {'value':>6s} "
                       f"{'decoded':>13s} {'error':>10s}   at random instead"]
-        scaled = number * float(torch.clamp(1 / (scale * s_dec), max=FLT_MAX))
+        scaled = float(x[0, i] * torch.clamp(1 / (scale * s_dec), max=FLT_MAX))
         code = int(q.codes[0, i // 2] >> 4 * (i % 2)) & 15
-        value, a = math.copysign(E2M1_VALUES[code & 7], 0.5 - (code >> 3)), torch.tensor([abs(scaled)])
-        ups = sum(float(e2m1(a, byte)[0]) > float(e2m1(a, 0)[0]) for byte in range(256))
-        odds = f"{float(e2m1(a, 0)[0]):g}"
-        odds += f", or {float(e2m1(a, 255)[0]):g} in {ups} of 256" if ups else ""
+        value = math.copysign(E2M1_VALUES[code & 7], 0.5 - (code >> 3))
+        outcomes, _ = e2m1(torch.full((256,), abs(scaled)), torch.arange(256))  # of all random bytes
+        ups = int((outcomes > outcomes[0]).sum())
+        odds = f"{outcomes[0]:g}" + (f", or {outcomes[-1]:g} in {ups} of 256" if ups else "")
         lines.append(f"{number:13.7g} {scaled:18.7g} {code:5d} {code >> 3:3b} {code >> 1 & 3:02b} "
                      f"{code & 1:b} {value:6g} {float(y[0, i]):13.7g} {float(y[0, i] - x[0, i]):10.2e}   "
                      f"{odds}")
@@ -1528,6 +1588,7 @@ def _linear_step(recipe, x, dy):
     layer = torch.nn.Linear(x.shape[1], dy.shape[1], bias=False, device=x.device)
     if recipe:
         layer = FP4Linear(layer, RECIPES[recipe])
+        set_step(layer, 0, 0)
     x = x.clone().requires_grad_()
 
     def step():
@@ -1536,6 +1597,7 @@ def _linear_step(recipe, x, dy):
         x.grad = layer.weight.grad = None
         with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
             layer(x).backward(dy)
+    step.layer = layer
     return step
 
 
@@ -1545,11 +1607,12 @@ def _kept_bytes(recipe, dtype, device):
     step, kept = _linear_step(recipe, x, dy), {}
 
     def keep(t):
-        if sorted(t.shape) != [256, 512]:
-            kept[t.data_ptr()] = t.numel() * t.element_size()
+        kept[t.data_ptr()] = 0 if set(t.shape) == {256, 512} else t.numel() * t.element_size()
         return t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         step()
+    for t in getattr(step.layer, "w_col", []):
+        kept.pop(t.data_ptr(), None)
     return sum(kept.values()) / x.numel()
 
 

@@ -610,7 +610,7 @@ def test_mistakes_get_one_line(words, mistake):
 # ---------------------------------------------------------------- the tour
 
 def test_walk_shows_what_quantize_does(capsys):
-    """Every number of the page that a teacher projects: quantize()'s codes and decoded values, e2m1()'s odds."""
+    """Every number of the page a teacher projects: quantize()'s codes and decoded values, e2m1()'s odds."""
     numbers = [0.1, -2.5, 3.0, 0.7, 0.0, -0.0, 1e-8, 700.0, *range(12)]
     nvfp4.main(list(map(str, numbers)))
     said = capsys.readouterr().out.splitlines()
