@@ -309,6 +309,18 @@ def test_compiled_model_is_one_graph_and_sees_new_weights(recipe):
     assert same(blindly(x), want)
 
 
+def test_compiled_layer_alone_looks_for_itself():
+    """Without convert() there is no hook; the graph breaks rather than multiply by an old weight."""
+    layer, x = FP4Linear(torch.nn.Linear(64, 96), RECIPES["ngpt"]).to(DEVICE), gaussian(32, 64).to(DEVICE)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager")
+    nvfp4.set_step(layer, SEED, 0)
+    for _ in range(2):
+        assert same(compiled(x).detach(), layer(x).detach())
+        with torch.no_grad():
+            layer.weight.mul_(-1)
+
+
 def blind(model):
     """The model without the hook."""
     torch._dynamo.reset()

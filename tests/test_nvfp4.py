@@ -6,6 +6,7 @@ which needs no compiler; the last group holds the compiled code to it.
 import json
 import shutil
 import sys
+import warnings
 from dataclasses import replace
 from functools import cache
 from itertools import combinations, product
@@ -559,6 +560,44 @@ def test_fresh_signs_rotate_both_operands_alike(weight_block):
     exact = x @ layer.weight.detach().t()
     unlike = hadamard(x, signs[0]) @ hadamard(layer.weight.detach(), signs[1]).t()
     assert not torch.equal(signs[0], signs[1]) and float((unlike - exact).norm() / exact.norm()) > 0.25
+
+
+def test_evaluation_in_inference_mode_leaves_training_whole():
+    """The weight that it quantized serves the training step that follows."""
+    want, layer, (x, dy) = run(make_layer(FP4Config()), *batch(32)), make_layer(FP4Config()), batch(32)
+    with torch.inference_mode():
+        layer(x)
+    assert all(same(g, w) for g, w in zip(run(layer, x, dy), want, strict=True))
+
+
+def test_noise_without_set_step_is_named():
+    """And differs between layers and operands all the same."""
+    layers = [FP4Linear(torch.nn.Linear(32, 32), FP4Config(), index) for index in range(2)]
+    keys = torch.cat([layer.keys for layer in layers])
+    assert len({tuple(key) for key in keys.tolist()}) == len(keys)
+    with pytest.warns(UserWarning, match="call set_step"):
+        layers[0](torch.ones(16, 32))
+    nvfp4.set_step(layers[0], SEED, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layers[0](torch.ones(16, 32))
+
+
+def test_high_precision_can_be_entered_twice():
+    layer = make_layer(FP4Config())
+    with nvfp4.high_precision(layer):
+        with nvfp4.high_precision(layer):
+            assert not layer.fp4
+        assert not layer.fp4
+    assert layer.fp4
+
+
+def test_no_tokens_give_no_rows():
+    """As nn.Linear: an expert to which no token was sent."""
+    x = torch.empty(0, 64, requires_grad=True)
+    y = make_layer(FP4Config())(x)
+    y.sum().backward()
+    assert y.shape == (0, 96) and x.grad.shape == (0, 64)
 
 
 # ---------------------------------------------------------------- convert, and a user's mistakes
