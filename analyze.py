@@ -1,0 +1,769 @@
+"""Why normalized networks survive 4 bits: probes of trained runs, compared in tables and drawn.
+
+    python analyze.py out/gpt out/ngpt                   tables, analysis.json, analysis.png (fig. 1-4 and 8)
+    python analyze.py losses out/ngpt_bf16 out/ngpt      relative error against the bf16 twin (fig. 5)
+    python analyze.py lr --max_steps=150 --n_embd=64     learning rates x {gpt, ngpt} x {bf16, fp4} (fig. 6a)
+    python analyze.py layer                              speed of one layer (fig. 6b)
+    python analyze.py onelayer --max_steps=200           one MLP trained alone (fig. 7)
+    python analyze.py quant                              errors of the format on Gaussians
+    python analyze.py -h                                 this text and the options
+
+What is measured. A linear layer is a dot product of K terms for each token and output channel. With w^ and x^
+the quantized operands, term k is the signal s_k = w_k x_k plus the noise n_k = w^_k x^_k - w_k x_k.
+    SNR         ||signal||^2 / ||noise||^2 of the weights, the activations, the products (all s_k against all
+                n_k) and the dot products (sum s_k against sum n_k); in dB, 10 log10
+    gain        SNR(dot) - SNR(products) in dB: 0 where the terms are independent of each other (eq. 6)
+    z_s, z_n    |sum s_k| and |sum n_k| in units of sqrt(K) sigma_s: SNR(dot) = (z_s / z_n)^2 (eq. 2)
+    rho         effective correlation of two terms, over tokens: signals that agree add up in amplitude,
+                noises that do not only in power; hence the gain (eq. 3, 4)
+    sat         share of blocks with a magnitude above the fixed amax of the recipe
+    growth      of the held-out loss, in nats, when Gaussian noise is added to the weights (fig. 8)
+
+The high-precision model of the checkpoint is run on held-out batches; hooks record inputs of the layers that
+convert() would quantize, which are then quantized as the run's recipe does in its forward GEMMs: to nearest,
+in its blocks, with its tensor scales (a bf16 run: by its architecture's recipe). Tokens and output channels
+are sampled; sums over the products come from matrix products, in float64, so the products (T, J, K)
+themselves never exist. Means are over the layers that all runs have; spreads are standard deviations
+over runs that differ in their seed alone.
+
+Letters: T tokens and J output channels in the sample, K terms of a dot product (the papers' D).
+Source of all equations and figures: 2605.06067, sections 3 and 4, appendix B.
+"""
+import argparse
+import contextlib
+import copy
+import io
+import itertools
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.utils.benchmark import Timer
+
+import nvfp4
+import train
+from data.tokens import DataError
+from model import ModelConfig, build
+from nvfp4 import RECIPES, FP4Linear, count_saturated, quantize
+from train import UserError
+
+OWN_RECIPE = {"gpt": "nvfp4", "ngpt": "ngpt"}
+ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)          # relative noise of the flatness probe, as in fig. 8
+KIND = ("arch", "width", "recipe")                  # what tells runs apart, but for their seeds
+
+# ---------------------------------------------------------------- probes: signal, noise, correlation
+
+
+def db(ratio):
+    """A ratio of powers in decibels."""
+    return 10 * torch.log10(torch.as_tensor(ratio, dtype=torch.float64))
+
+
+def snr(t, q):
+    """||t||^2 / ||t - q||^2 of a tensor and its quantized values; () float64."""
+    t = t.double()
+    return t.square().sum() / (t - q.double()).square().sum()
+
+
+def moments(x, w, xq, wq):
+    """Sums over the terms s_k, n_k of the dot products of activations x, xq (T, K) and weights w, wq (J, K),
+    in float64; Var (unbiased) and Mean are over tokens.
+
+    value   with e = xq - x and d = wq - w, n_k = wq_k e_k + d_k x_k; so that every sum over k of products of
+            two terms is a sum of matrix products, and small noise is no difference of large numbers
+    """
+    x, w, xq, wq = (t.double() for t in (x, w, xq, wq))
+    e, d = xq - x, wq - w
+    mx, me = x.mean(0), e.mean(0)
+    cov = ((x - mx) * (e - me)).sum(0) / (len(x) - 1)
+    N2 = e.square() @ wq.square().T + 2 * (e * x) @ (wq * d).T + x.square() @ d.square().T
+    var_n = wq.square() @ e.var(0) + d.square() @ x.var(0) + 2 * (wq * d) @ cov
+    return SimpleNamespace(
+        K=x.shape[1],
+        S=x @ w.T,                                  # (T, J) sum s_k
+        N=e @ wq.T + x @ d.T,                       # (T, J) sum n_k
+        S2=x.square() @ w.square().T,               # (T, J) sum s_k^2
+        N2=N2.clamp(min=0),                         # (T, J) sum n_k^2
+        var_s=w.square() @ x.var(0),                # (J,) sum Var(s_k)
+        var_n=var_n.clamp(min=0),                   # (J,) sum Var(n_k)
+        mean2_s=(w * mx).square().sum(1),           # (J,) sum Mean(s_k)^2
+        mean2_n=(wq * me + d * mx).square().sum(1))  # (J,) sum Mean(n_k)^2
+
+
+def averaging_gain(m):
+    """SNR of the products and of the dot products, and the ratio of the second to the first (eq. 6)."""
+    products, dot = m.S2.sum() / m.N2.sum(), m.S.square().sum() / m.N.square().sum()
+    return products, dot, dot / products
+
+
+def normalized(m):
+    """z_s and z_n (eq. 2) of each channel, (J,): |S| and |N| over sqrt(K) sigma_s, with sigma_s the sample
+    std of s_k over k; each the root of a ratio of sums over tokens.
+
+    value   (z_s / z_n)^2 = SNR of the dot products, exactly
+    """
+    sigma2 = (m.S2 - m.S.square() / m.K).sum(0) / (m.K - 1)
+    return (m.S.square().sum(0) / (m.K * sigma2)).sqrt(), (m.N.square().sum(0) / (m.K * sigma2)).sqrt()
+
+
+def rho(total, sum_var, K):
+    """Effective pairwise correlation of K terms (eq. 3): (Var(sum u_k) / sum Var(u_k) - 1) / (K - 1).
+
+    total (T, J) = sum u_k, sum_var (J,) = sum Var(u_k); returns (J,); NaN where nothing varies
+    error   standard error near 0: sqrt(2 / T) / K a channel
+    """
+    return (total.var(0) / sum_var - 1) / (K - 1)
+
+
+# ---------------------------------------------------------------- probes: theory
+
+def eq4(D, sigma_s2, rho_s, mu_s2, sigma_n2, mu_n2):
+    """SNR of dot products of D terms: [D sigma_s^2 (1 + (D-1) rho_s) + mu_S^2] / [D sigma_n^2 + mu_N^2].
+
+    sigma^2: mean variance of a term over tokens; mu: mean of the sum. All (J,) or numbers; over channels,
+    numerator and denominator are summed. The noises of two terms are taken to be uncorrelated.
+    """
+    signal = torch.as_tensor(D * sigma_s2 * (1 + (D - 1) * rho_s) + mu_s2, dtype=torch.float64)
+    noise = torch.as_tensor(D * sigma_n2 + mu_n2, dtype=torch.float64)
+    return signal.sum() / noise.sum()
+
+
+def predict(m, k):
+    """eq. 4 for k of the K terms, drawn at random, from the statistics of all K; k > K extrapolates.
+
+    value   rho and the variances stay what they are. The squared mean of the sum is made of squares and of
+            products of two different means, each at its average: k a + k (k - 1) b
+    """
+    def mean2(total, parts):
+        whole = total.mean(0).square()
+        return k * parts / m.K + k * (k - 1) * (whole - parts) / (m.K * (m.K - 1))
+    return eq4(k, m.var_s / m.K, rho(m.S, m.var_s, m.K), mean2(m.S, m.mean2_s), m.var_n / m.K,
+               mean2(m.N, m.mean2_n).clamp(min=0))
+
+
+def eq5(D, rho_ngpt, rho_gpt):
+    """SNR of nGPT's dot products over that of GPT's: (1 + D rho_nGPT) / (1 + D rho_GPT)."""
+    return (1 + D * rho_ngpt) / (1 + D * rho_gpt)
+
+
+def regimes(rho_ngpt, rho_gpt):
+    """Where eq. 5 bends: no gap for D far below 1 / rho_nGPT, growth in between, and far above 1 / rho_GPT
+    the factor rho_nGPT / rho_GPT. NaN where a correlation is not positive."""
+    start, end = (1 / r if r > 0 else math.nan for r in (rho_ngpt, rho_gpt))
+    return {"no_gap_below": start, "saturates_above": end, "factor": end / start}
+
+
+def partial_sums(x, w, xq, wq, ks, seed=0):
+    """{k: (SNR of the dot products, mean rho_s)} of the first k terms, for each k.
+
+    The terms are shuffled: channels of the same head lie side by side, and k of them are to stand for all.
+    """
+    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(seed)).to(x.device)
+    found = {}
+    for k in ks:
+        m = moments(*(t[:, order[:k]] for t in (x, w, xq, wq)))
+        found[k] = averaging_gain(m)[1], rho(m.S, m.var_s, k).nanmean()
+    return found
+
+
+# ---------------------------------------------------------------- probes: the rest
+
+@torch.no_grad()
+def flatness(model, loss, alphas=ALPHAS, draws=2, seed=0):
+    """Growth of loss(model) under Gaussian noise of std alpha ||W||_F / sqrt(numel) on every matrix W: one
+    number for each alpha, means over draws; the same draws serve every alpha. Fig. 8."""
+    clean, growth = loss(model), []
+    for alpha in progress(alphas, "flatness"):
+        total = 0.0
+        for draw in range(draws):
+            noisy, generator = copy.deepcopy(model), None
+            for p in noisy.parameters():
+                if p.dim() >= 2:
+                    generator = generator or torch.Generator(p.device).manual_seed(seed + draw)
+                    noise = torch.randn(p.shape, generator=generator, device=p.device)
+                    p += alpha * p.norm() / math.sqrt(p.numel()) * noise
+            total += loss(noisy)
+        growth.append(total / draws - clean)
+    return growth
+
+
+def relative_error(quantized, reference, window=1):
+    """(loss_q - loss_ref) / loss_ref of two curves (n,), both averaged over a trailing window of steps.
+
+    returns (n - window + 1,): the first value belongs to step window - 1
+    """
+    q, r = (np.convolve(v, np.ones(window) / window, "valid") for v in (quantized, reference))
+    return (q - r) / r
+
+
+def rounding(x, draws=16, seed=0, **kw):
+    """Bias and variance of stochastic rounding of x (M, K) under quantize(**kw), over draws.
+
+    returns slope   <mean, x> / <x, x>: 1 if unbiased, below 1 where large magnitudes saturate
+            z       bias against the sign of x in standard errors of its estimate
+            variance    mean over elements of the unbiased variance over draws
+    """
+    total, squares = torch.zeros_like(x, dtype=torch.float64), torch.zeros_like(x, dtype=torch.float64)
+    for n in range(1, draws + 1):
+        q = quantize(x, stochastic=True, seed=seed + n, **kw).dequantize().double()
+        total += q
+        squares += q * q
+    x, mean = x.double(), total / draws
+    variance = (squares - draws * mean.square()).clamp(min=0) / (draws - 1)
+    error = (variance / draws * x.square()).sum().sqrt()
+    return {"slope": float((mean * x).sum() / x.square().sum()),
+            "z": float(((mean - x) * x).sum() / error), "variance": float(variance.mean())}
+
+
+def histograms(q):
+    """Counts of the 16 codes and of the 16 exponents e of the block scales (E4M3: up to 2^(e - 6)) of an
+    NVFP4Tensor: two lists."""
+    numbers = torch.stack([q.codes & 15, q.codes >> 4]), q.scales.view(torch.uint8) >> 3 & 15
+    return [torch.bincount(n.flatten().int(), minlength=16).tolist() for n in numbers]
+
+
+def saturated(x, amax, block=(1, 16)):
+    """Share of blocks of x (M, K) with a magnitude above the fixed amax; 0 where that is measured (None)."""
+    return count_saturated(x, amax, block) * math.prod(block) / x.numel() if amax else 0.0
+
+
+# ---------------------------------------------------------------- recording
+
+def progress(items, what):
+    """The items, with a bar on the terminal meanwhile."""
+    items = list(items)
+    for done, item in enumerate(items, 1):
+        yield item
+        if sys.stderr.isatty():
+            print(f"\r{what} [{'=' * (30 * done // len(items)):30s}] {done}/{len(items)}", file=sys.stderr,
+                  end="\n" if done == len(items) else "", flush=True)
+
+
+def targets(model, cfg):
+    """Names of the layers of a model that convert() would quantize."""
+    converted = nvfp4.convert(copy.deepcopy(model), cfg, report=lambda line: None)
+    return [name for name, m in converted.named_modules() if isinstance(m, FP4Linear)]
+
+
+@torch.no_grad()
+def record(model, names, batches, n_tokens, seed=0):
+    """Inputs of linear layers: {name: [(rows (n, K) fp32, largest magnitude of the whole batch), ...]}.
+
+    batches: (idx, targets) pairs; n_tokens rows in all, the same tokens for every layer. A measured tensor
+    scale depends on the largest magnitude: with it the sampled rows are quantized as in their batch.
+    """
+    generator, found = torch.Generator().manual_seed(seed), {name: [] for name in names}
+
+    def keep(name, x):
+        x = x.detach().flatten(0, -2).float()
+        found[name].append((x[rows.to(x.device)], float(x.abs().max())))
+    handles = [model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args, name=name: keep(name, args[0])) for name in names]
+    for idx, _ in batches:
+        rows = torch.randperm(idx.numel(), generator=generator)[:-(-n_tokens // len(batches))]
+        model(idx)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@torch.no_grad()
+def measure(recorded, weight, cfg, n_channels, seed=0):
+    """The probes of one layer, from record()'s rows and its weight (N, K).
+
+    returns {probe: number}: SNRs, gain and eq. 4 in dB, of sums over the sample
+            [{k, dot, rho_s, eq4}] for sums of k terms, the first two NaN for k > K
+            [{dot, z_s, z_n, rho_s, rho_n}] of the sampled output channels
+    """
+    block = (16, 16) if cfg.weight_block == "16x16" else (1, 16)
+    weight = weight.detach().float()
+    weight_q = quantize(weight, block, amax=cfg.weight_amax).dequantize()
+    x = torch.cat([rows for rows, _ in recorded])
+    xq = torch.cat([quantize(rows, amax=cfg.input_amax or top).dequantize() for rows, top in recorded])
+    chosen = torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))[:n_channels]
+    chosen = chosen.to(x.device)
+    operands = x, weight[chosen], xq, weight_q[chosen]
+    m = moments(*operands)
+    (products, dot, gain), (z_s, z_n) = averaging_gain(m), normalized(m)
+    rho_s, rho_n = rho(m.S, m.var_s, m.K), rho(m.N, m.var_n, m.K)
+    probes = {"weights": db(snr(weight, weight_q)), "activations": db(snr(x, xq)), "products": db(products),
+              "dot": db(dot), "gain": db(gain), "eq4": db(predict(m, m.K)), "rho_s": rho_s.nanmean(),
+              "rho_n": rho_n.nanmean(), "z_s": z_s.square().mean().sqrt(), "z_n": z_n.square().mean().sqrt(),
+              "sat_x": saturated(x, cfg.input_amax), "sat_w": saturated(weight, cfg.weight_amax, block)}
+    ks, terms = [16 * 2**i for i in range(13)], []
+    sums = partial_sums(*operands, [k for k in ks if k <= m.K], seed)
+    for k in ks:
+        ratio, r = sums.get(k, (math.nan, math.nan))
+        terms.append({"k": k, "dot": float(db(ratio)), "rho_s": float(r), "eq4": float(db(predict(m, k)))})
+    channels = {"dot": db((z_s / z_n).square()), "z_s": z_s, "z_n": z_n, "rho_s": rho_s, "rho_n": rho_n}
+    channels = [dict(zip(channels, v, strict=True)) for v in torch.stack(list(channels.values()), 1).tolist()]
+    return {k: float(v) for k, v in probes.items()}, terms, channels
+
+
+def read_run(folder):
+    """A run folder: {run, kind: {arch, width, recipe, seed}, config, steps, evaluations: rows of its log}."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(text) for text in lines if text.endswith("}")]           # a kill can cut the last one
+    arch, width, recipe, seed = (config[k] for k in ("arch", "n_embd", "recipe", "seed"))
+    kind = {"arch": arch, "width": width, "recipe": recipe, "seed": seed}
+    return {"run": str(folder), "kind": kind, "config": config, "steps": [r for r in rows if "loss" in r],
+            "evaluations": [r for r in rows if "val_loss" in r]}
+
+
+NO_MATTER = ("out_dir", "resume", "stop_at", "device", "eval_", "log_", "checkpoint_", "sample_", "seed")
+
+
+def read_runs(folders):
+    """Runs by kind. Those of one architecture and width are averaged or compared: only their seeds and
+    recipes may differ, or what does not matter."""
+    runs = sorted(map(read_run, folders), key=lambda r: list(r["kind"].values()))
+    for a, b in itertools.combinations(runs, 2):
+        free = NO_MATTER if a["kind"]["recipe"] == b["kind"]["recipe"] else (*NO_MATTER, "recipe", "fp4_")
+        differ = [k for k, v in a["config"].items() if b["config"].get(k) != v and not k.startswith(free)]
+        if differ and all(a["kind"][k] == b["kind"][k] for k in ("arch", "width")):
+            raise UserError(f"{a['run']} and {b['run']} differ in {differ[0]}; analyse them one at a time")
+    return runs
+
+
+def analyse(folder, o):
+    """All probes of a run, as rows {arch, width, recipe, seed, ...}: of its layers, which also carry the loss
+    and mean growth of the run, of sums of k terms, of channels, and of the noise alpha."""
+    model, _, c = train.load_run(folder)
+    device, _ = train.choose_device(replace(c, device="auto"))
+    model, val = model.to(device), train.load_data(c)[1]
+    recipe = c.recipe if "fprop" in c.fp4.gemms else OWN_RECIPE[c.model.arch]
+    cfg = c.fp4 if recipe == c.recipe else RECIPES[recipe]
+    starts = train.val_starts(replace(c, eval_iters=4), len(val))
+    batches = [train.batch_at(val, s, c.model.block_size, device) for s in starts]
+    names = targets(model, cfg)
+    if not names or "fprop" in cfg.hadamard:
+        raise UserError(f"{folder}: {recipe} must quantize a layer, its forward operands not rotated")
+
+    @torch.no_grad()
+    def loss(model):
+        return float(sum(model(*batch).double() for batch in batches) / len(batches))
+    growth, kind = flatness(model, loss, seed=o.seed), read_run(folder)["kind"]
+    whole = {"quantized_as": recipe, "loss": loss(model), "growth": sum(growth) / len(growth)}
+    rows = {"layers": [], "terms": [], "channels": [], "noise": [
+        kind | {"alpha": a, "growth": g} for a, g in zip((0, *ALPHAS), (0.0, *growth), strict=True)]}
+    found = record(model, names, batches, o.tokens, o.seed)
+    for name in progress(names, str(folder)):
+        weight, here = model.get_submodule(name).weight, kind | {"layer": name}
+        probes, terms, channels = measure(found.pop(name), weight, cfg, o.channels, o.seed)
+        rows["layers"].append(here | whole | {"K": weight.shape[1]} | probes)
+        rows["terms"] += [here | term for term in terms]
+        rows["channels"] += [here | channel for channel in channels]
+    return rows
+
+
+# ---------------------------------------------------------------- rows: means, tables, files
+
+def spread(values):
+    """(mean, sample standard deviation)"""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def summary(rows, by, how):
+    """Rows that agree in the fields by as one row: these fields, and how() of every other float."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in by), []).append(row)
+    return [dict(zip(by, key, strict=True)) | {
+        k: how([row[k] for row in mine]) for k, v in mine[0].items() if isinstance(v, float) and k not in by}
+        for key, mine in groups.items()]
+
+
+def over_seeds(rows, *by):
+    """(mean, spread) over seeds, of means over layers."""
+    return summary(summary(rows, (*by, "seed"), np.mean), by, spread)
+
+
+def find(rows, **fields):
+    return [row for row in rows if all(row[k] == v for k, v in fields.items())]
+
+
+def table(rows, columns):
+    """Print rows; columns: {field: format}. Of (mean, spread), the spread stands below the mean."""
+    cells = [list(columns)]
+    for row in rows:
+        pairs = [row[k] if isinstance(row[k], tuple) else (row[k], math.nan) for k in columns]
+        for values, unknown in zip(zip(*pairs, strict=True), ("-", ""), strict=True):
+            cells.append([unknown if v != v else format(v, form)                # v != v: NaN
+                          for v, form in zip(values, columns.values(), strict=True)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in filter(any, cells):                  # no line for spreads where there are none
+        print("  ".join(c.rjust(n) for c, n in zip(row, widths, strict=True)).rstrip())
+
+
+def write(o, name, results, panels=()):
+    """<out_dir>/<name>.json, numbers to 6 digits and null for NaN, and <out_dir>/<name>.png of panels."""
+    path = Path(o.out_dir) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(json.dumps({"options": vars(o), **results}), parse_constant=lambda _: None,
+                         parse_float=lambda digits: float(f"{float(digits):.6g}"))
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\nwrote {path}")
+    if panels:
+        draw(path.with_suffix(".png"), panels)
+
+
+# ---------------------------------------------------------------- pictures
+# A picture is a list of panels, a panel (title, x label, y label, curves, settings of its axes), a curve
+# (x, y, style), with y numbers or (mean, spread) pairs.
+
+COLOURS = {"gpt": "#ef8a17", "ngpt": "#17408b"}     # light and dark: they differ in grey as well
+LINES = {"bf16": (":", "o"), "nvfp4": ("--", "s"), "ngpt": ("-", "^")}          # by recipe, with markers
+
+
+def curves(rows, x, y, **style):
+    """y against x, a curve for each architecture and recipe."""
+    found = []
+    for arch, recipe in dict.fromkeys((row["arch"], row["recipe"]) for row in rows):
+        (linestyle, marker), mine = LINES.get(recipe, ("-.", "D")), find(rows, arch=arch, recipe=recipe)
+        found.append(([row[x] for row in mine], [row[y] for row in mine], {
+            "color": COLOURS[arch], "linestyle": linestyle, "marker": marker,
+            "label": f"{arch.replace('gpt', 'GPT')} {recipe}",
+            **({"markerfacecolor": "white", "markersize": 7} if recipe == "bf16" else {})} | style))
+    return found
+
+
+def draw(path, panels):
+    """Panels, three in a row at most, 900 pixels wide. The labels of the first one stand above the picture,
+    others' new ones in their panel."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 7, "axes.grid": True,
+                         "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+                         "lines.linewidth": 1.3, "lines.markersize": 4, "legend.frameon": False})
+    rows, known = -(-len(panels) // 3), {}
+    figure, axes = plt.subplots(rows, min(len(panels), 3), figsize=(9, 2.9 * rows + 0.5), squeeze=False,
+                                layout="constrained")
+    for a, (title, xlabel, ylabel, lines, settings) in zip(axes.flat, panels, strict=True):
+        for x, y, style in lines:
+            y = np.array(y, float)
+            middle, sd = y.T if y.ndim == 2 else (y, None)
+            a.errorbar(x, middle, sd, **{"capsize": 2, "elinewidth": 0.8} | style)
+        a.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
+        for scale, axis in (("xscale", a.xaxis), ("yscale", a.yaxis)):
+            if scale in settings:                   # label the points, not the powers of ten
+                a.minorticks_off()
+                axis.set_major_formatter("{x:g}")
+        handles, labels = a.get_legend_handles_labels()
+        new = {label: handle for handle, label in zip(handles, labels, strict=True) if label not in known}
+        if new and known:
+            a.legend(new.values(), new)
+        elif new:
+            figure.legend(new.values(), new, loc="outside upper center", ncols=6, fontsize=8)
+        known |= new
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+# ---------------------------------------------------------------- comparing runs
+
+STAGES = ("weights", "activations", "products", "dot")
+HEAD = dict.fromkeys(KIND, "")                      # columns of a table: field, format
+PROBES = dict.fromkeys((*STAGES, "gain", "eq4"), ".2f") | {
+    "rho_s": ".1e", "rho_n": ".1e", "z_s": ".3f", "z_n": ".3f", "sat_x": ".1%", "sat_w": ".1%"}
+
+
+def compare(folders, o, _):
+    """Figures 1, 2, 3, 4 and 8."""
+    runs = [analyse(r["run"], o) for r in read_runs(folders)]
+    shared = set.intersection(*({row["layer"] for row in run["layers"]} for run in runs))
+    if not shared:
+        raise UserError("these runs have no quantized layer in common; analyse them one at a time")
+    rows = {part: [row for run in runs for row in run[part]] for part in runs[0]}
+    layers, terms, channels = ([row for row in rows[part] if row["layer"] in shared]
+                               for part in ("layers", "terms", "channels"))
+    longest = sorted(runs, key=lambda run: -len(run["layers"]))
+    names = list(dict.fromkeys(row["layer"] for run in longest for row in run["layers"]))
+    by_layer = sorted(over_seeds(rows["layers"], "layer", *KIND), key=lambda row: names.index(row["layer"]))
+    overall = over_seeds(layers, *KIND, "quantized_as")
+    found = {"layers": by_layer, "overall": overall, "pairs": against(layers),
+             "terms": over_seeds(terms, *KIND, "k"), "noise": over_seeds(rows["noise"], *KIND, "alpha")}
+    print("by layer: SNRs, gain and eq. 4 in dB; below each row the standard deviation over seeds")
+    table(by_layer, {"layer": ""} | HEAD | PROBES)
+    print(f"\nmeans of {len(shared)} layers; loss of the high-precision model and its mean growth in nats")
+    table(overall, HEAD | {"quantized_as": ""} | PROBES | {"loss": ".3f", "growth": ".4f"})
+    print("\nnGPT over GPT: SNR(dot) in dB, measured and by eq. 5; growth of GPT's loss over nGPT's; by eq. "
+          "5\nno gap far below so many terms, and a factor far above so many")
+    table(found["pairs"], {"width": "", "ngpt": "", "gpt": "", "gap_db": "+.2f", "eq5_db": "+.2f",
+                           "flatness_ratio": ".2f", "no_gap_below": ".0f", "factor": ".1f",
+                           "saturates_above": ".0f"})
+    write(o, "analysis", found, sheet(**found, channels=channels))
+
+
+def against(layers):
+    """nGPT against GPT of the same width and seed, layer by layer: what was measured, and what eq. 5 makes of
+    the correlations."""
+    rows = [{"width": n["width"], "ngpt": n["recipe"], "gpt": g["recipe"], "seed": n["seed"],
+             "gap_db": n["dot"] - g["dot"], "eq5_db": float(db(eq5(n["K"], n["rho_s"], g["rho_s"]))),
+             "flatness_ratio": g["growth"] / n["growth"], "rho_ngpt": n["rho_s"], "rho_gpt": g["rho_s"]}
+            for n in find(layers, arch="ngpt")
+            for g in find(layers, arch="gpt", layer=n["layer"], width=n["width"], seed=n["seed"])]
+    return [p | regimes(p["rho_ngpt"][0], p["rho_gpt"][0]) for p in over_seeds(rows, "width", "ngpt", "gpt")]
+
+
+def sheet(layers, overall, pairs, terms, noise, channels):
+    """Panels of figures 1 and 8 for the widest models; of 2, 3 and 4 for one of each architecture, that in
+    its own recipe where there is one."""
+    width = max(row["width"] for row in overall)
+    widest = sorted(find(overall, width=width), key=lambda row: row["recipe"] == OWN_RECIPE[row["arch"]])
+    main = {row["arch"]: row["recipe"] for row in widest}
+    terms, channels = ([row for row in find(rows, width=width) if row["recipe"] == main[row["arch"]]]
+                       for rows in (terms, channels))
+    stages = [row | {"stage": stage, "snr": row[stage]} for row in widest for stage in STAGES]
+    names = list(dict.fromkeys(row["layer"] for row in layers))
+    gains = [row | {"number": names.index(row["layer"]) + 1} for row in find(layers, width=width)]
+    sums = [*curves(terms, "k", "dot", linestyle="", label="sums of k terms"),
+            *curves([row | {"eq4": row["eq4"][0]} for row in terms], "k", "eq4", marker="", label="eq. 4")]
+    log_terms, ratio = {"xscale": "log", "xticks": [16 * 8**i for i in range(5)]}, []
+    for p in pairs:
+        if p["width"] == width and (p["ngpt"], p["gpt"]) == (main["ngpt"], main["gpt"]):
+            both = list(zip(find(terms, arch="ngpt"), find(terms, arch="gpt"), strict=True))
+            gap = [n["dot"][0] - g["dot"][0] for n, g in both]
+            for x, y, style in (
+                    ([n["k"] for n, _ in both], gap, {"marker": "o", "linestyle": "", "label": "measured"}),
+                    ([n["k"] for n, _ in both], None, {"label": "eq. 5"}),
+                    ([p["no_gap_below"]], None, {"marker": "^", "label": "k = 1 / rho_s of nGPT"}),
+                    ([p["saturates_above"]], None, {"marker": "s", "label": "k = 1 / rho_s of GPT"})):
+                y = y or [db(eq5(k, p["rho_ngpt"][0], p["rho_gpt"][0])) for k in x]
+                ratio.append((x, y, {"color": "black", "markersize": 5} | style))
+    return [
+        ("Fig. 1  SNR by stage", "stage (mean over layers)", "SNR, dB", curves(stages, "stage", "snr"), {}),
+        ("Fig. 1  averaging gain by layer", "linear layer, first to last", "SNR(dot) / SNR(products), dB",
+         curves(gains, "number", "gain"), {"xticks": range(1, len(names) + 1, len(names) // 8 + 1)}),
+        ("Fig. 8  flatness", "relative weight noise", "growth of held-out loss, nats",
+         curves(find(noise, width=width), "alpha", "growth"), {}),
+        scatter(channels, "z_s", "signal", 1), scatter(channels, "z_n", "noise", -1),
+        ("Fig. 4  SNR against width", "terms k of the dot product", "SNR(dot), dB", sums, log_terms),
+        histogram(channels, "rho_s", "signal"), histogram(channels, "rho_n", "noise"),
+        ("Fig. 4  nGPT over GPT", "terms k of the dot product", "ratio of SNR(dot), dB", ratio, log_terms)]
+
+
+def scatter(channels, key, what, slope):
+    """Fig. 2: SNR of each channel of the MLPs against its z; the line is eq. 2 with the other z fixed."""
+    mlps = [row for row in channels if ".fc" in row["layer"]] or channels
+    points = [row | {"db": 20 * math.log10(row[key])} for row in mlps if math.isfinite(row["dot"])]
+    x, y = np.array([(row["db"], row["dot"]) for row in points]).T
+    ends = np.percentile(x, (0.5, 99.5))
+    line = ends, y.mean() + slope * (ends - x.mean()), {
+        "color": "black", "zorder": 3, "label": f"eq. 2;  $R^2$ = {np.corrcoef(x, y)[0, 1]**2:.2f}"}
+    cloud = curves(points[::len(points) // 1000 + 1], "db", "dot", linestyle="", markersize=2.5, alpha=0.5,
+                   markeredgewidth=0.3)             # enough of them to see it
+    return (f"Fig. 2  {what}, channels of MLPs", f"normalized {what} {key}, dB", "SNR of the channel, dB",
+            [*cloud, line], {})
+
+
+def histogram(channels, key, what):
+    """Fig. 3: density of rho over the channels of all layers."""
+    lines = curves([row | {key: 1e3 * row[key]} for row in channels if math.isfinite(row[key])], key, key)
+    edges = np.linspace(*np.percentile(np.concatenate([y for _, y, _ in lines]), (1, 97)), 36)
+    steps = [((edges[1:] + edges[:-1]) / 2, np.histogram(y, edges)[0] / len(y) / np.diff(edges),
+              style | {"marker": "", "drawstyle": "steps-mid"}) for _, y, style in lines]
+    return (f"Fig. 3  correlation of the {what}", f"{key} of a channel, 1e-3", "share of channels per 1e-3",
+            steps, {})
+
+
+def losses(folders, o, _):
+    """Fig. 5: FP4 runs against their bf16 twin, which differs in nothing but the recipe."""
+    runs, finals, points = read_runs(folders), [], []
+    for r in runs:
+        twin = next((t for t in runs if t["kind"] == r["kind"] | {"recipe": "bf16"}), None)
+        if twin is r:
+            continue
+        if not twin or len(twin["steps"]) != len(r["steps"]):
+            raise UserError(f"{r['run']}: give its bf16 twin too, the same but for --recipe=bf16, as long")
+        bf16, last = twin["evaluations"][-1]["val_loss"], r["evaluations"][-1]
+        window = len(r["steps"]) // 15 or 1
+        error = relative_error(*([row["loss"] for row in run["steps"]] for run in (r, twin)), window)
+        finals.append(r["kind"] | {
+            "bf16": bf16, "fp4": last["val_loss"], "in_fp4": last["val_loss_fp4"],
+            "error": last["val_loss"] / bf16 - 1, "error_in_fp4": last["val_loss_fp4"] / bf16 - 1})
+        points += [r["kind"] | {"tokens": row["tokens"] / 1e6, "percent": 100 * e}
+                   for row, e in zip(r["steps"][window - 1:], error.tolist(), strict=True)]
+    if not finals:
+        raise UserError("all are bf16 runs; give FP4 runs beside them")
+    final, points = over_seeds(finals, *KIND), over_seeds(points, *KIND, "tokens")
+    print("final validation loss in nats of the bf16 twin, and of the FP4 run in high precision and in FP4; "
+          "relative\nerrors against the twin; below each row the standard deviation over seeds")
+    table(final, HEAD | {"bf16": ".4f", "fp4": ".4f", "in_fp4": ".4f", "error": ".2%", "error_in_fp4": ".2%"})
+    some = len(runs[0]["steps"]) // 8 or 1
+    write(o, "losses", {"final": final, "curves": points}, [
+        (f"Fig. 5  width {width}", "tokens, millions", "(FP4 - BF16) / BF16 of training loss, %",
+         curves(find(points, width=width), "tokens", "percent", markevery=some, errorevery=some),
+         {"yscale": "symlog", "yticks": (-1, 0, 1, 10)})
+        for width in sorted({row["width"] for row in final})])
+
+
+# ---------------------------------------------------------------- experiments
+
+def training(arch, recipe, name, o, flags, parts=(1,)):
+    """Train a run in a folder of its own, silently; yields (folder, last evaluation) whenever one of these
+    parts of its steps is done."""
+    c = train.load_config([f"configs/{arch}_{o.config}.py", *flags, f"--recipe={recipe}", f"--seed={o.seed}",
+                           "--sample_tokens=0", f"--out_dir={o.out_dir}/{name}_{arch}_{recipe}"])
+    for part in progress(parts, f"{name} {arch} {recipe}"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            result = train.train(replace(c, stop_at=math.ceil(part * c.max_steps), resume=part > parts[0]))
+        yield c.out_dir, result
+
+
+def lr(_, o, flags):
+    """Fig. 6a: final loss against the learning rate, in bf16 and in the architecture's FP4 recipe."""
+    rows, rates = [], o.rates.split(",")
+    for arch, recipe, rate in itertools.product(OWN_RECIPE, ("bf16", "fp4"), rates):
+        recipe = OWN_RECIPE[arch] if recipe == "fp4" else recipe
+        try:
+            (_, found), = training(arch, recipe, f"lr_{rate}", o, [*flags, f"--learning_rate={rate}"])
+        except UserError as error:                  # a rate that is too high is a result too
+            if "gradient norm" not in str(error):
+                raise
+            found = {}
+        loss = found.get("val_loss" if recipe == "bf16" else "val_loss_fp4", math.nan)
+        rows.append({"arch": arch, "recipe": recipe, "rate": float(rate), "loss": loss})
+    print("final validation loss in nats, of FP4 runs in FP4; -: diverged")
+    table(rows, {"arch": "", "recipe": "", "rate": "g", "loss": ".4f"})
+    write(o, "lr", {"flags": flags, "results": rows}, [
+        ("Fig. 6a  learning rates", "peak learning rate", "final validation loss, nats a token",
+         curves(rows, "rate", "loss"), {"xscale": "log", "xticks": [float(rate) for rate in rates]})])
+
+
+def onelayer(_, o, flags):
+    """Fig. 7: loss and rho of embedding, one MLP and head, trained in bf16, with stops for the probes."""
+    rows = []
+    for arch in OWN_RECIPE:
+        parts = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1
+        for folder, found in training(arch, "bf16", "onelayer", o, [*flags, "--pattern=-"], parts):
+            last = {"step": found["step"], "loss": found["val_loss"]}
+            rows += [row | last for row in analyse(folder, o)["layers"]]
+    rows = summary(rows, ("arch", "recipe", "step"), np.mean)
+    print("embedding, one MLP and head: validation loss in nats; means of the two linear layers")
+    table(rows, {"arch": "", "step": "", "loss": ".4f"} | PROBES)
+    write(o, "onelayer", {"flags": flags, "results": rows}, [
+        (f"Fig. 7  one MLP: {key}", "optimizer step", label, curves(rows, "step", key), {})
+        for key, label in (("loss", "validation loss, nats a token"), ("rho_s", "rho_s, mean of 2 layers"))])
+
+
+# Of the layer benchmark: widths by device, on a GPU the paper's, tokens; timings and steps in each.
+SIZES = {"cuda": (1536, 3072, 6144, 12288, 24576, 49152), "cpu": (128, 256, 512)}
+LENGTH, REPETITIONS, ITERATIONS = {"cuda": 8192, "cpu": 256}, 10, 20
+
+
+def time_layer(arch, recipe, D, T, device, dtype):
+    """Milliseconds (REPETITIONS,) of forward and backward, input gradients included, of a transformer layer.
+
+    Sizes of fig. 6b: FFN 3 D, heads of 128, SwiGLU, micro-batch 1. The weights are quantized anew every time,
+    as after an optimizer step. NaN where it does not fit into memory.
+    """
+    def step():
+        model.zero_grad()
+        nvfp4.set_step(model, 0, next(steps))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            y = h
+            for block in model.blocks:
+                y = block(y)
+        y.backward(dy.to(y.dtype))
+    try:
+        with device:
+            model = build(ModelConfig(arch=arch, n_layer=1, n_embd=D, n_head=max(1, D // 128), n_ffn=3 * D,
+                                      vocab_size=16, activation="swiglu", block_size=T))
+            h, dy = torch.nn.functional.normalize(torch.randn(2, 1, T, D), dim=-1)
+        if recipe != "bf16":
+            nvfp4.convert(model, replace(RECIPES[recipe], tail=0.0), report=lambda text: None)
+        train.compile_model(model, train.make_config({}))
+        h, steps = h.requires_grad_(), itertools.count()
+        timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+        return [1e3 * timer.timeit(ITERATIONS).mean for _ in range(REPETITIONS)]
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return [math.nan] * REPETITIONS
+
+
+def layer(_, o, flags):
+    """Fig. 6b: one layer in bf16 and FP4, for the sizes that fit into memory."""
+    device, dtype = train.choose_device(train.make_config({}))
+    T, rows = LENGTH[device.type], []
+    for D, (arch, recipe) in progress(itertools.product(SIZES[device.type], OWN_RECIPE.items()), "layer"):
+        ms = zip(*(time_layer(arch, r, D, T, device, dtype) for r in ("bf16", recipe)), strict=True)
+        rows += [{"arch": arch, "width": D, "recipe": recipe, "seed": i, "bf16_ms": bf16, "fp4_ms": fp4,
+                  "speedup": bf16 / fp4} for i, (bf16, fp4) in enumerate(ms)]
+    rows = over_seeds(rows, *KIND)
+    print(f"one layer, forward + backward, {T} tokens, milliseconds; -: does not fit\n"
+          f"{nvfp4.capability(device)}\n(the speed of emulation, not of FP4 hardware)")
+    table(rows, HEAD | {"bf16_ms": ".1f", "fp4_ms": ".1f", "speedup": ".2f"})
+    write(o, "layer", {"device": nvfp4.capability(device), "tokens": T, "results": rows}, [
+        (f"Fig. 6b  one layer, forward + backward, {T} tokens (FP4 emulated)", "width D, channels",
+         "time in BF16 / time in FP4", curves(rows, "width", "speedup"),
+         {"xscale": "log", "xticks": SIZES[device.type]})])
+
+
+LITERATURE = {"nearest, 1x16": 9.0e-3, "nearest, 16x16": 12.4e-3, "stochastic, 1x16, unbiased": 23.5e-3}
+
+
+def quant(_, o, flags):
+    """Errors of the format on unit Gaussians, beside table 1 of 2601.22813; bias and variance of stochastic
+    rounding; histograms, in the JSON, of codes and scales rounded to nearest."""
+    x, rows = torch.randn(512, 4096, generator=torch.Generator().manual_seed(o.seed)), []
+    for case, mse in nvfp4.error_table().items():
+        bias = dict.fromkeys(("slope", "z", "variance"), math.nan)
+        if "stochastic" in case:
+            bias = rounding(x, seed=o.seed, unbiased="unbiased" in case)
+        rows.append({"case": case, "mse": mse, "literature": LITERATURE.get(case, math.nan),
+                     "snr_db": -float(db(mse)), **bias})
+    print("unit Gaussians: mean square error; of 16 draws of stochastic rounding, with 8 random bits (up to\n"
+          "1/256 of a step short), slope <E q, x> / <x, x>, z (slope - 1 in standard errors) and variance")
+    table(rows, {"case": "", "mse": ".3e", "literature": ".3e", "snr_db": ".2f", "slope": ".5f", "z": "+.1f",
+                 "variance": ".3e"})
+    codes, exponents = histograms(quantize(x))
+    write(o, "quant", {"results": rows, "codes": codes, "scale_exponents": exponents})
+
+
+# ---------------------------------------------------------------- the command line
+
+COMMANDS = {"losses": losses, "lr": lr, "layer": layer, "onelayer": onelayer, "quant": quant}
+
+
+def main(argv):
+    parser = argparse.ArgumentParser("analyze.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="+", help="[losses] RUN ..., or lr, layer, onelayer, quant")
+    for name, default, what in (
+            ("out_dir", "out/analysis", "folder for JSON, picture and the runs of lr and onelayer"),
+            ("tokens", 2048, "tokens in the sample"),
+            ("channels", 128, "output channels of each layer in the sample"),
+            ("seed", 0, "of samples, noise and the runs of lr and onelayer"),
+            ("config", "tiny", "lr and onelayer train configs/{gpt,ngpt}_CONFIG.py with the other flags"),
+            ("rates", "5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2", "peak learning rates of lr")):
+        parser.add_argument(f"--{name}", default=default, type=type(default), help=f"{what} ({default})")
+    o, flags = parser.parse_known_args(argv)
+    words = vars(o).pop("words")
+    command = COMMANDS.get(words[0], compare)
+    folders = words if command is compare else words[1:]
+    try:
+        if flags and command not in (lr, onelayer):
+            raise UserError(f"{flags[0]}: no such option; python analyze.py -h lists them")
+        if bool(folders) != (command in (compare, losses)):
+            raise UserError(f"{words[0]} takes {'run folders' if command is losses else 'no run folder'}")
+        if min(o.tokens - 1, o.channels, o.seed + 1) < 1:
+            raise UserError("--tokens must be 2 or more, --channels 1 or more and --seed 0 or more")
+        command(folders, o, flags)
+    except (UserError, DataError, OSError) as error:
+        sys.exit(f"analyze.py: {error}")
+    except ModuleNotFoundError as error:            # drawing comes last: all else is written
+        if error.name != "matplotlib":
+            raise
+        print(f"no picture: {error} (pip install matplotlib); tables and JSON are complete", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
