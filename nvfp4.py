@@ -404,6 +404,8 @@ def cast(x, row=None, col=None):
                 (R, C), and x^T (C, R); an axis that does not fill its last block is padded with zeros
     raises      ValueError for rows = 16 where the other axis does not divide
     """
+    if row is None and col is None:
+        return None, None
     for axis, how in ((1, row), (0, col)):
         if how is not None:
             _check(x, axis, (how.rows, BLOCK), pads=True)
@@ -1146,6 +1148,10 @@ class FP4Config:
         if self.head_blocks < 0:
             raise ValueError(f"fp4_head_blocks={self.head_blocks} must be >= 0")
 
+    def amax(self, operand):
+        """The fixed tensor scale's amax of one of OPERANDS, or None."""
+        return {"x": self.input_amax, "w": self.weight_amax, "dy": self.grad_amax}[operand.split(".")[1]]
+
 
 RECIPES = {
     "bf16": FP4Config(gemms=()),
@@ -1194,8 +1200,7 @@ def operand_cast(cfg, name, keys, out_dtype):
     stochastic = name in cfg.stochastic
     return Cast(key=keys[OPERANDS.index(name)] if stochastic else None,
                 signs=rotation(cfg, gemm_name, keys) if gemm_name in cfg.hadamard else None,
-                amax={"x": cfg.input_amax, "w": cfg.weight_amax, "dy": cfg.grad_amax}[kind],
-                rows=BLOCK if kind == "w" and cfg.weight_block == "16x16" else 1,
+                amax=cfg.amax(name), rows=BLOCK if kind == "w" and cfg.weight_block == "16x16" else 1,
                 unbiased=stochastic and cfg.unbiased,
                 dtype=None if native(keys.device) else gemm_dtype(keys.device, out_dtype))
 
@@ -1205,10 +1210,10 @@ def fixed_alpha(cfg, gemm_name):
     """The product of the operands' s_dec where the recipe fixes both, so that no GPU need be asked for it."""
     alpha = torch.ones(())
     for name in (name for name in OPERANDS if name.startswith(gemm_name)):
-        amax = {"x": cfg.input_amax, "w": cfg.weight_amax, "dy": cfg.grad_amax}[name.split(".")[1]]
-        if amax is None:
+        if cfg.amax(name) is None:
             return None
-        alpha = alpha * tensor_scales(torch.tensor(amax), cfg.unbiased and name in cfg.stochastic)[1]
+        unbiased = cfg.unbiased and name in cfg.stochastic
+        alpha = alpha * tensor_scales(torch.tensor(cfg.amax(name)), unbiased)[1]
     return float(alpha)
 
 
