@@ -196,6 +196,33 @@ def test_the_native_kernel_reads_swizzled_scales():
     assert torch.equal(out, F.pad(scales, (0, 6, 0, 56)))
 
 
+@pytest.mark.skipif(GPU, reason="on a GPU hardware() itself is looked at")
+@pytest.mark.parametrize("wrong", (None, "nearest", "stochastic", "matmul"))
+def test_hardware_uses_what_agrees_with_the_definition(wrong, monkeypatch, capsys):
+    """The probes of a Blackwell that is not there: the software kernels play its instructions, one of them
+    broken. That one, and no other, is left out, and named."""
+    original = nvfp4._cast_triton
+
+    def instructions(x, row, col, ptx):
+        q, _ = original(x, row, col, SOFTWARE)
+        if wrong == ("nearest" if row.key is None else "stochastic"):
+            q.codes[0, 3] ^= 1
+        return q, None
+
+    def product(*args):                             # rounded here: the interpreter truncates to bf16
+        y = nvfp4.matmul_registers(*args[:-1], FP32, SMALL, triton.language.float32).to(args[-1])
+        return 0.98 * y if wrong == "matmul" else y
+    for name, value in (("get_device_capability", (10, 0)), ("get_device_name", "a Blackwell")):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda t, _: t)
+    monkeypatch.setattr(nvfp4, "_cast_triton", instructions)
+    monkeypatch.setattr(nvfp4, "WAYS", {"scaled_mm": product, "dot_scaled": product})
+    way = "registers" if wrong == "matmul" else "scaled_mm"
+    assert nvfp4.hardware.__wrapped__(0) == (wrong != "nearest", wrong != "stochastic", way)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == {None: 0, "matmul": 2}.get(wrong, 1) and all("is not used" in line for line in said)
+
+
 # ---------------------------------------------------------------- compiled for chips that are not here
 
 @functools.cache
