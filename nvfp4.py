@@ -1416,7 +1416,7 @@ def fp4_layers(model):
 @torch.compiler.disable
 def _refresh_weights(model, _):
     """convert()'s hook before a model's forward: compiled layers cannot look whether their weight has
-    changed. A block that is compiled by itself must therefore be reached through its model."""
+    changed. A part of the model that is compiled and called by itself needs set_step after each update."""
     for m in fp4_layers(model):
         if m.fp4:
             m.refresh()
@@ -1428,7 +1428,8 @@ def _refresh_weights(model, _):
 def set_step(model, seed, step, micro_batch=0):
     """Give every FP4 layer its random keys for one micro-batch; micro_batch counts over all ranks of a step.
 
-    Weights get the key of micro-batch 0: they are quantized once a step, alike on every rank.
+    Weights get the key of micro-batch 0: they are quantized once a step, alike on every rank; here already,
+    so that compiled parts of a model find them when they are called by themselves.
     """
     layers = fp4_layers(model)
     if layers:
@@ -1442,6 +1443,7 @@ def set_step(model, seed, step, micro_batch=0):
             here = [i for i, m in enumerate(layers) if m.weight.device == device]
             there = keys[here].to(device, non_blocking=True)
             torch._foreach_copy_([layers[i].keys for i in here], list(there))
+        _refresh_weights(model, None)
 
 
 class high_precision:

@@ -348,6 +348,21 @@ def test_compiled_layer_alone_looks_for_itself():
             layer.weight.mul_(-1)
 
 
+def test_compiled_part_called_by_itself_finds_the_weights_of_set_step():
+    """The hook of convert() stands before the whole model only."""
+    (model, x), (want, _) = small_model("ngpt"), small_model("ngpt")
+    torch._dynamo.reset()
+    part = torch.compile(model[0], backend="aot_eager", fullgraph=True)
+    for step in range(2):
+        for m in (model, want):
+            nvfp4.set_step(m, SEED, step)
+        assert same(part(x).detach(), want[0](x).detach())
+        with torch.no_grad():
+            for m in (model, want):
+                m[0].weight.mul_(-1)
+    assert not same(part(x).detach(), want[0](x).detach())                      # control: before set_step
+
+
 def blind(model):
     """The model without the hook."""
     torch._dynamo.reset()

@@ -513,6 +513,7 @@ def test_weights_are_quantized_once_per_update(weight_block, n_weights, fused, m
         return original(x, *args)
     monkeypatch.setattr(nvfp4, "_cast_torch", counting)
     layer, (x, dy) = make_layer(FP4Config(weight_block=weight_block)), batch(32)
+    casts.clear()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
     for step in range(3):
         for micro_batch in range(3):
