@@ -308,8 +308,7 @@ def measure(recorded, weight, cfg, n_channels, seed=0):
 def read_run(folder):
     """A run folder: {run, kind: {arch, width, recipe, seed}, config, steps, evaluations: rows of its log}."""
     config = json.loads((Path(folder) / "config.json").read_text())
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(text) for text in lines if text.endswith("}")]           # a kill can cut the last one
+    rows = train.read_metrics(folder)
     arch, width, recipe, seed = (config[k] for k in ("arch", "n_embd", "recipe", "seed"))
     kind = {"arch": arch, "width": width, "recipe": recipe, "seed": seed}
     return {"run": str(folder), "kind": kind, "config": config, "steps": [r for r in rows if "loss" in r],

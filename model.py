@@ -265,7 +265,7 @@ class NormalizedMLP(MLP):
 def hypersphere_step(h, f, a):
     """unit(h + |a| (unit(f) - h)): a step from h towards f, back onto the sphere. h, f (..., C), a (C,).
 
-    h has norm 1, so the papers' Norm(h) is h. One fused kernel each way under torch.compile.
+    h has norm 1, so the papers' Norm(h) is h. torch.compile fuses it.
     """
     return unit(h + a.abs() * (unit(f.float()) - h))
 

@@ -350,16 +350,17 @@ class NVFP4Tensor:
 
     codes   (M, K/2) uint8, two E2M1 codes a byte, the low nibble is the even column
     scales  (M, K/16) or (M/16, K/16) float8_e4m3fn
-    amax    () fp32, the number that fixed the tensor scale; unbiased: for which target
+    amax    () fp32, the number that fixed the tensor scale
+    s_dec   () fp32; left out, what amax makes it for the standard target
     """
     codes: torch.Tensor
     scales: torch.Tensor
-    amax: torch.Tensor
-    unbiased: bool = False
+    amax: torch.Tensor | None
+    s_dec: torch.Tensor | None = None
 
-    @functools.cached_property
-    def s_dec(self):
-        return tensor_scales(self.amax, self.unbiased)[1]
+    def __post_init__(self):
+        if self.s_dec is None and self.amax is not None:
+            _, self.s_dec = tensor_scales(self.amax)
 
     @property
     def shape(self):
@@ -435,9 +436,7 @@ def _cast_torch(x, how, axis):
     if how.dtype is not None:
         return Decoded(result if axis else result.t(), s_dec)
     codes = _pack(result.contiguous(), axis + 1)
-    q = NVFP4Tensor(*((codes, scales.contiguous()) if axis else (codes.t(), scales.t())), amax, how.unbiased)
-    q.s_dec = s_dec
-    return q
+    return NVFP4Tensor(*((codes, scales.contiguous()) if axis else (codes.t(), scales.t())), amax, s_dec)
 
 
 def quantize(x, block=(1, BLOCK), stochastic=False, seed=0, amax=None, unbiased=False):
@@ -454,10 +453,7 @@ def quantize(x, block=(1, BLOCK), stochastic=False, seed=0, amax=None, unbiased=
     """
     _check(x, 1, block)
     key = _key(seed, x.device) if stochastic else None
-    codes, scales, amax, s_dec = _quantize_op(x, key, amax, block[0], unbiased)
-    q = NVFP4Tensor(codes, scales, amax, unbiased)
-    q.s_dec = s_dec
-    return q
+    return NVFP4Tensor(*_quantize_op(x, key, amax, block[0], unbiased))
 
 
 @torch.library.custom_op("nvfp4::quantize", mutates_args=())
@@ -667,35 +663,52 @@ def _e2m1_triton(a, byte, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
-def _codes(v, inverse, random, FIRST: tl.constexpr, STOCHASTIC: tl.constexpr, PTX: tl.constexpr):
-    """The codes of 8 elements of every block as one int32 word; random: their two words, uint32."""
-    if PTX:
-        u = ()
-        for j in tl.static_range(FIRST, FIRST + 8):  # the sign is put back, for a NaN has lost it
-            a = tl.minimum(tl.abs(v[j]) * inverse, 6.0).to(tl.int32, bitcast=True)
-            u = u + (a | (v[j].to(tl.int32, bitcast=True) & -2147483648),)
-        if STOCHASTIC:                              # byte k of the random word belongs to the k-th element
-            return tl.inline_asm_elementwise(
-                "{ .reg .b16 a, b; cvt.rs.satfinite.e2m1x4.f32 a, {$4, $3, $2, $1}, $9; "
-                "cvt.rs.satfinite.e2m1x4.f32 b, {$8, $7, $6, $5}, $10; mov.b32 $0, {a, b}; }",
-                "=r,r,r,r,r,r,r,r,r,r,r",
-                [u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7], random[0], random[1]],
-                dtype=tl.int32, is_pure=True, pack=1)
-        else:
-            return tl.inline_asm_elementwise(
-                "{ .reg .b8 a, b, c, d; cvt.rn.satfinite.e2m1x2.f32 a, $2, $1; "
-                "cvt.rn.satfinite.e2m1x2.f32 b, $4, $3; cvt.rn.satfinite.e2m1x2.f32 c, $6, $5; "
-                "cvt.rn.satfinite.e2m1x2.f32 d, $8, $7; mov.b32 $0, {a, b, c, d}; }",
-                "=r,r,r,r,r,r,r,r,r", [u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7]],
-                dtype=tl.int32, is_pure=True, pack=1)
+def _codes(v, inverse, random, STOCHASTIC: tl.constexpr):
+    """The 16 codes of every block, int32 0..15; random: its four random words, uint32."""
+    codes = ()
+    for j in tl.static_range(16):
+        byte = ((random[j // 4] >> (8 * (j % 4))) & 255).to(tl.int32) if STOCHASTIC else 0
+        sign = (v[j].to(tl.int32, bitcast=True) >> 28) & 8
+        codes = codes + (_e2m1_triton(tl.abs(v[j]) * inverse, byte, STOCHASTIC) | sign,)
+    return codes
+
+
+@triton.jit
+def _word(codes, FIRST: tl.constexpr):
+    """8 of the 16 codes of every block, from FIRST on, as one int32 word."""
+    word = codes[FIRST]
+    for j in tl.static_range(1, 8):
+        word |= codes[FIRST + j] << (4 * j)
+    return word
+
+
+@triton.jit
+def _word_ptx(v, inverse, random, FIRST: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """The same by the chip's conversions, from the elements."""
+    u = ()
+    for j in tl.static_range(FIRST, FIRST + 8):     # the sign is put back, for a NaN has lost it
+        a = tl.minimum(tl.abs(v[j]) * inverse, 6.0).to(tl.int32, bitcast=True)
+        u = u + (a | (v[j].to(tl.int32, bitcast=True) & -2147483648),)
+    if STOCHASTIC:                                  # byte k of a random word belongs to the k-th element
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 a, b; cvt.rs.satfinite.e2m1x4.f32 a, {$4, $3, $2, $1}, $9; "
+            "cvt.rs.satfinite.e2m1x4.f32 b, {$8, $7, $6, $5}, $10; mov.b32 $0, {a, b}; }",
+            "=r,r,r,r,r,r,r,r,r,r,r",
+            [u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7], random[FIRST // 4], random[FIRST // 4 + 1]],
+            dtype=tl.int32, is_pure=True, pack=1)
     else:
-        word = tl.zeros_like(inverse).to(tl.int32)
-        for j in tl.static_range(8):
-            byte = ((random[j // 4] >> (8 * (j % 4))) & 255).to(tl.int32) if STOCHASTIC else 0
-            code = _e2m1_triton(tl.abs(v[FIRST + j]) * inverse, byte, STOCHASTIC)
-            sign = (v[FIRST + j].to(tl.int32, bitcast=True) >> 28) & 8
-            word |= (code | sign) << (4 * j)
-        return word
+        return tl.inline_asm_elementwise(
+            "{ .reg .b8 a, b, c, d; cvt.rn.satfinite.e2m1x2.f32 a, $2, $1; "
+            "cvt.rn.satfinite.e2m1x2.f32 b, $4, $3; cvt.rn.satfinite.e2m1x2.f32 c, $6, $5; "
+            "cvt.rn.satfinite.e2m1x2.f32 d, $8, $7; mov.b32 $0, {a, b, c, d}; }",
+            "=r,r,r,r,r,r,r,r,r", [u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7]],
+            dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _decode(code):
+    """2^-126 of a code's value, exact: its three bits stand where an fp32 has its lowest exponent bits."""
+    return (((code & 7) << 22) | ((code & 8) << 28)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -743,19 +756,20 @@ def _quantize_tile(x_ptr, out_ptr, scales_ptr, s_dec_ptr, amax_ptr, key_ptr, sig
         random = tl.philox_impl(index.to(tl.uint32), (index >> 32).to(tl.uint32), zero, zero,
                                 tl.load(key_ptr).to(tl.uint32), tl.load(key_ptr + 1).to(tl.uint32))
     if DECODE:
-        values = ()
+        codes, values = _codes(v, inverse, random, STOCHASTIC), ()
         for j in tl.static_range(16):
-            byte = ((random[j // 4] >> (8 * (j % 4))) & 255).to(tl.int32) if STOCHASTIC else 0
-            code = _e2m1_triton(tl.abs(v[j]) * inverse, byte, STOCHASTIC)
-            # with its three bits where an fp32 has its lowest exponent bits a code is worth 2^-126 of itself
-            bits = (code << 22) | (v[j].to(tl.int32, bitcast=True) & -2147483648)
-            value = bits.to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale
+            value = _decode(codes[j]) * 8.507059173023462e37 * scale            # 2^126
             values = values + (value.to(out_ptr.dtype.element_ty),)
         _store_blocks(out_ptr, values, R, C, pid_m, pid_n, AXIS, TILE)
     else:                                           # the codes of a block are one 64-bit word
-        low = _codes(v, inverse, (random[0], random[1]), 0, STOCHASTIC, PTX).to(tl.int64) & 0xFFFFFFFF
-        high = _codes(v, inverse, (random[2], random[3]), 8, STOCHASTIC, PTX).to(tl.int64)
-        tl.store(out_ptr + index, low | (high << 32), mask=inside)
+        if PTX:
+            low = _word_ptx(v, inverse, random, 0, STOCHASTIC)
+            high = _word_ptx(v, inverse, random, 8, STOCHASTIC)
+        else:
+            codes = _codes(v, inverse, random, STOCHASTIC)
+            low, high = _word(codes, 0), _word(codes, 8)
+        word = (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
+        tl.store(out_ptr + index, word, mask=inside)
 
 
 @triton.jit
@@ -778,7 +792,7 @@ def _constant(value, device):
 
 def _cast_triton(x, row, col, ptx=None):
     """cast() by the kernels, for a contiguous x. ptx: chip has instructions for (nearest, stochastic)."""
-    ptx = hardware(x.device.index)[:2] if ptx is None else ptx
+    ptx = hardware(x.device)[:2] if ptx is None else ptx
     with _current(x.device):
         return _launch_quantize(x, row, col, ptx)
 
@@ -791,35 +805,32 @@ def _current(device):
 def _launch_quantize(x, row, col, ptx):
     R, C = x.shape
     grid = (triton.cdiv(R, TILE) * triton.cdiv(C, TILE),)
-    signs = [how.signs if how and how.signs is not None else None for how in (row, col)]
-    measured = [how is not None and how.amax is None for how in (row, col)]
-    slots = [0 if s is None else 1 + axis for axis, s in enumerate(signs)]
+    signs = [x if how is None or how.signs is None else how.signs for how in (row, col)]  # x: not read
+    slots = [0 if s is x else slot for slot, s in enumerate(signs, 1)]          # in _amax_kernel's maxima
+    wanted = [slot for slot, how in zip(slots, (row, col), strict=True) if how and how.amax is None]
     maxima = None
-    if any(measured):
+    if wanted:
         maxima = torch.zeros(3, dtype=torch.int32, device=x.device)
-        wanted = {slot for slot, m in zip(slots, measured, strict=True) if m}
-        _amax_kernel[grid](x, maxima, *(x if s is None else s for s in signs), R, C, 0 in wanted, 1 in wanted,
-                           2 in wanted, TILE, **QUANTIZE_OPTIONS)
-        maxima = maxima.view(torch.float32)
+        _amax_kernel[grid](x, maxima, *signs, R, C, *(slot in wanted for slot in range(3)), TILE,
+                           **QUANTIZE_OPTIONS)
     pointers, flags, results = [], [], []
-    for axis, how, slot in ((1, row, slots[0]), (0, col, slots[1])):
+    for axis, how, sign, slot in ((1, row, signs[0], slots[0]), (0, col, signs[1], slots[1])):
         if how is None:
             pointers, flags, results = pointers + [x] * 6, flags + [None], results + [None]
             continue
         lines, n_blocks = (R, C // BLOCK) if axis else (C, triton.cdiv(R, BLOCK))
         scales = x.new_empty((lines // how.rows, n_blocks), dtype=torch.uint8)
-        amax = _constant(float(how.amax), x.device) if how.amax is not None else maxima[slot]
+        amax = maxima.view(torch.float32)[slot] if how.amax is None else _constant(float(how.amax), x.device)
         s_dec = x.new_empty((), dtype=torch.float32)
         if how.dtype is None:
             out = x.new_empty((lines, n_blocks), dtype=torch.int64)
-            q = NVFP4Tensor(out.view(torch.uint8), scales.view(torch.float8_e4m3fn), amax, how.unbiased)
-            q.s_dec = s_dec
+            q = NVFP4Tensor(out.view(torch.uint8), scales.view(torch.float8_e4m3fn), amax, s_dec)
         else:
             out = x.new_empty((R if axis else BLOCK * n_blocks, C), dtype=how.dtype)
             q = Decoded(out if axis else out.t(), s_dec)
-        stochastic, rotate = how.key is not None, how.signs is not None
-        pointers += [out, scales, s_dec, amax, how.key if stochastic else x, how.signs if rotate else x]
-        flags.append((how.rows, UNBIASED_TARGET if how.unbiased else E2M1_MAX, stochastic, rotate,
+        stochastic = how.key is not None
+        pointers += [out, scales, s_dec, amax, how.key if stochastic else x, sign]
+        flags.append((how.rows, UNBIASED_TARGET if how.unbiased else E2M1_MAX, stochastic, sign is not x,
                       how.dtype is not None, bool(ptx[stochastic])))
         results.append(q)
     _quantize_kernel[grid](x, R, C, *pointers, *flags, TILE, **QUANTIZE_OPTIONS)
@@ -896,7 +907,7 @@ def _matmul_op(a: torch.Tensor, a_scales: torch.Tensor, a_s_dec: torch.Tensor, b
     """matmul() of codes as one operator: native where the chip multiplies FP4, decoded in registers on other
     GPUs, decoded in memory elsewhere."""
     if uses_kernels(a.device):
-        way = hardware(a.device.index).matmul
+        way = hardware(a.device).matmul
         return WAYS[way](a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype)
     a, b = (NVFP4Tensor(codes, scales, None).values(gemm_dtype(codes.device, dtype))
             for codes, scales in ((a, a_scales), (b, b_scales)))
@@ -933,8 +944,8 @@ def _load_codes(codes_ptr, n_lines, K, offs_line, k, BLOCK_K: tl.constexpr):
 @triton.jit
 def _load_decoded(codes_ptr, scales_ptr, n_lines, K, offs_line, k, ROWS: tl.constexpr, LINES: tl.constexpr,
                   BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
-    """code * scale * 2^-7 in DTYPE, (LINES, BLOCK_K). A code's bits, moved to where an fp32 has its lowest
-    exponent bits, are worth 2^-126 of it; 2^119 of that is made good here, so that nothing overflows."""
+    """code * scale * 2^-7 in DTYPE, (LINES, BLOCK_K): of _decode's 2^-126 as much is made good here as does
+    not overflow."""
     codes = _load_codes(codes_ptr, n_lines, K, offs_line, k, BLOCK_K).to(tl.int32)
     offs_b = k // 16 + tl.arange(0, BLOCK_K // 16)
     mask = (offs_line < n_lines)[:, None] & (offs_b < K // 16)[None, :]
@@ -944,9 +955,16 @@ def _load_decoded(codes_ptr, scales_ptr, n_lines, K, offs_line, k, ROWS: tl.cons
     scale = tl.where((byte & 0x7F) == 0x7F, float("nan"), scale * 6.64613997892458e35)      # 2^119
     scale = tl.broadcast_to(scale[:, :, None], (LINES, BLOCK_K // 16, 8))
     scale = tl.reshape(scale, (LINES, BLOCK_K // 2))
-    even = (((codes & 7) << 22) | ((codes & 8) << 28)).to(tl.float32, bitcast=True) * scale
-    odd = (((codes & 0x70) << 18) | ((codes & 0x80) << 24)).to(tl.float32, bitcast=True) * scale
+    even, odd = _decode(codes) * scale, _decode(codes >> 4) * scale
     return tl.reshape(tl.join(even.to(DTYPE), odd.to(DTYPE)), (LINES, BLOCK_K))
+
+
+@triton.jit
+def _store_product(y_ptr, y, a_s_dec_ptr, b_s_dec_ptr, M, N, offs_m, offs_n):
+    """y * alpha, rounded once to the dtype of the result."""
+    y = y * (tl.load(a_s_dec_ptr) * tl.load(b_s_dec_ptr))
+    tl.store(y_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty),
+             mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
 @triton.jit
@@ -961,9 +979,8 @@ def _matmul_kernel(a_ptr, a_scales_ptr, a_s_dec_ptr, b_ptr, b_scales_ptr, b_s_de
         a = _load_decoded(a_ptr, a_scales_ptr, M, K, offs_m, k, A_ROWS, BLOCK_M, BLOCK_K, DTYPE)
         b = _load_decoded(b_ptr, b_scales_ptr, N, K, offs_n, k, B_ROWS, BLOCK_N, BLOCK_K, DTYPE)
         y = tl.dot(a, tl.trans(b), y)
-    y = y * 16384.0 * (tl.load(a_s_dec_ptr) * tl.load(b_s_dec_ptr))             # 2^14 makes good the 2^-7s
-    tl.store(y_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty),
-             mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+    y = y * 16384.0                                 # the rest of _decode's 2^-126, twice 2^7
+    _store_product(y_ptr, y, a_s_dec_ptr, b_s_dec_ptr, M, N, offs_m, offs_n)
 
 
 @triton.jit
@@ -991,9 +1008,7 @@ def _matmul_native_kernel(a_ptr, a_scales_ptr, a_s_dec_ptr, b_ptr, b_scales_ptr,
         a_scales = _load_swizzled(a_scales_ptr, M, K, pid_m, k, BLOCK_M, BLOCK_K)
         b_scales = _load_swizzled(b_scales_ptr, N, K, pid_n, k, BLOCK_N, BLOCK_K)
         y = tl.dot_scaled(a, a_scales, "e2m1", tl.trans(b), b_scales, "e2m1", y)
-    y = y * (tl.load(a_s_dec_ptr) * tl.load(b_s_dec_ptr))
-    tl.store(y_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty),
-             mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+    _store_product(y_ptr, y, a_s_dec_ptr, b_s_dec_ptr, M, N, offs_m, offs_n)
 
 
 def swizzle(scales, n_lines):
@@ -1067,10 +1082,10 @@ class Hardware(NamedTuple):
 
 
 @functools.cache
-def hardware(index):
-    """Look at GPU number index once: try the FP4 instructions that its generation has, and use those that
+def hardware(device):
+    """Look at a GPU once: try the FP4 instructions that its generation has, and use those that
     agree with the definition: rounding bit for bit, products to 1e-5. Others are named on stderr."""
-    generation = torch.cuda.get_device_capability(index)[0]
+    generation = torch.cuda.get_device_capability(device)[0]
     x = torch.randn(204, 272, generator=torch.Generator().manual_seed(0)).bfloat16()   # edges, and many ties
     x[:4] *= torch.tensor([0.0, 1e-6, 1e-39, 100.0])[:, None]
     key = _key(1, "cpu")
@@ -1082,13 +1097,13 @@ def hardware(index):
             why = "its result is not the definition's"
         except Exception as error:
             why = f"{type(error).__name__}: " + str(error).strip().partition("\n")[0]
-        print(f"{torch.cuda.get_device_name(index)}: {what} is not used ({why})", file=sys.stderr)
+        print(f"{torch.cuda.get_device_name(device)}: {what} is not used ({why})", file=sys.stderr)
         return False
 
     def rounds(key):
         for amax in (None, 1.0):
-            how = Cast(key if key is None else key.cuda(index), amax=amax)
-            got, _ = _cast_triton(x.cuda(index), how, None, ptx=(True, True))
+            how = Cast(key if key is None else key.to(device), amax=amax)
+            got, _ = _cast_triton(x.to(device), how, None, ptx=(True, True))
             if not torch.equal(got.codes.cpu(), _cast_torch(x, Cast(key, amax=amax), 1).codes):
                 return False
         return True
@@ -1096,7 +1111,7 @@ def hardware(index):
     def multiplies(way):
         for n in (112, 108):                        # lines of b
             a, b = _cast_torch(x[:96], Cast(rows=16), 1), _cast_torch(x[-n:], Cast(), 1)
-            args = [t.cuda(index) for q in (a, b) for t in (q.codes, q.scales, q.s_dec)]
+            args = [t.to(device) for q in (a, b) for t in (q.codes, q.scales, q.s_dec)]
             a, b = a.dequantize().double(), b.dequantize().double()
             for dtype, rounding in ((torch.bfloat16, 2**-8), (torch.float32, 0)):
                 error = (way(*args, dtype).cpu().double() - a @ b.T).abs()
@@ -1175,10 +1190,7 @@ def recipe_changes(cfg):
 
 def native(device):
     """Whether a device multiplies FP4 itself: operands then stay packed."""
-    if not uses_kernels(device):
-        return False
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return hardware(index).matmul != "registers"
+    return uses_kernels(device) and hardware(device).matmul != "registers"
 
 
 def rotation(cfg, gemm_name, keys):
@@ -1225,9 +1237,8 @@ def _tensors(operand):
 def _operand(tensors):
     if len(tensors) == 2:
         return Decoded(*tensors)
-    q = NVFP4Tensor(*tensors[:2], amax=None)
-    q.s_dec = tensors[2]
-    return q
+    codes, scales, s_dec = tensors
+    return NVFP4Tensor(codes, scales, None, s_dec)
 
 
 def _into(old, new):
@@ -1505,20 +1516,21 @@ def convert(model, cfg, report=print):
 
 def capability(device=None):
     """One line: what runs FP4 on a device (default: the GPU if there is one), and why."""
-    kind = torch.device(device).type if device else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda":
-        index = torch.device(device or kind).index or 0
-        name, chip = torch.cuda.get_device_name(index), "sm_%d%d" % torch.cuda.get_device_capability(index)
-        if not uses_kernels(torch.device(kind, index)):
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        chip = "sm_%d%d" % torch.cuda.get_device_capability(device)
+        if not uses_kernels(device):
             return f"{name} ({chip}): FP4 emulated by its PyTorch definition; the kernels need Triton and " \
                    "an NVIDIA GPU from sm_80 on"
-        nearest, stochastic, way = hardware(index)
+        nearest, stochastic, way = hardware(device)
         if way == "registers":
             return f"{name} ({chip}) has no FP4 units: FP4 emulated, quantized by Triton kernels, GEMMs on " \
                    "exact values in bf16 tensor cores"
         by = ["software", "PTX"]
         return f"{name} ({chip}): FP4 GEMMs native, by {way}; rounding to nearest in {by[nearest]}, " \
                f"stochastic in {by[stochastic]}"
+    kind = device.type
     fused = "fused by torch.compile" if can_compile(kind) else "not fused (torch.compile does not work here)"
     units = "bf16 units" if cpu_has_bf16() else "fp32 (no bf16 units here)"
     return f"{kind}, {torch.get_num_threads()} threads: FP4 emulated by its PyTorch definition, {fused}; " \
@@ -1664,8 +1676,8 @@ def benchmark(device, say=lambda row: None):
 
     # === what the memory allows: bytes read and written for a value ===
     n, dtype = (8192, torch.bfloat16) if gpu else (4096, torch.float32)
-    x, key, signs = torch.randn(n, n, device=device, dtype=dtype), _key(1, device), torch.tensor(SIGNS)
-    into, signs, read = torch.empty_like(x), signs.to(device, torch.float32), x.element_size()
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    key, signs, into, read = _key(1, device), _fixed_signs(SIGNS, device), torch.empty_like(x), x.itemsize
     cases = {"copy into place": (lambda: into.copy_(x), 2 * read), "x.clone()": (x.clone, 2 * read),
              "quantize, fixed amax": (lambda: quantize(x, amax=1.0), read + 4.5 / 8),
              "quantize": (lambda: quantize(x), 2 * read + 4.5 / 8),
@@ -1674,11 +1686,10 @@ def benchmark(device, say=lambda row: None):
                  lambda: cast(x, Cast(key), Cast(key, signs)), 2 * read + 9 / 8),
              "fake_quantize": (lambda: fake_quantize(x), 2 * read + 2),
              "fake_quantize, stochastic": (lambda: fake_quantize(x, key), 2 * read + 2)}
-    print_size = f"{n} x {n} {str(dtype).removeprefix('torch.')}"
     times = _kernel_ms([f for f, _ in cases.values()], device)
     for (what, (_, width)), ms in zip(cases.items(), times, strict=True):
-        row(f"{print_size}: {what}", ms, n * n * width, "GB/s", rows[0] if rows else None,
-            rows[1] if len(rows) > 1 else None)
+        row(f"{n} x {n} {str(dtype).removeprefix('torch.')}: {what}", ms, n * n * width, "GB/s",
+            rows[0] if rows else None, rows[1] if len(rows) > 1 else None)
     copy = rows[0]
     import train                                    # the one place where this file looks at the others
     from model import hypersphere_step

@@ -455,6 +455,12 @@ def update(model, optimizer, grad_clip):
     return norm
 
 
+def read_metrics(folder):
+    """The rows of a run's metrics.jsonl, as dicts."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]           # a kill can cut the last one
+
+
 class Log:
     """Console and log.txt, and metrics.jsonl; silent on all ranks but the first."""
 
@@ -462,10 +468,8 @@ class Log:
         self.folder, self.rank = folder, rank
         if rank == 0:
             metrics = folder / "metrics.jsonl"      # what came after the checkpoint is about to be done again
-            kept = metrics.read_text().splitlines() if metrics.exists() else []
-            whole = [line for line in kept if line.endswith("}")]               # a kill can cut the last one
-            kept = [line for line in whole if json.loads(line)["step"] < first_step]
-            metrics.write_text("".join(line + "\n" for line in kept))
+            rows = read_metrics(folder) if metrics.exists() else []
+            metrics.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] < first_step))
 
     def __call__(self, text):
         if self.rank == 0:

@@ -13,11 +13,13 @@ except ImportError:
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from train import read_metrics  # noqa: E402
+
 
 def rows(run, key):
     """[(step, value)] of every line of a run's metrics that has the key."""
-    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row[key]) for row in lines if key in row]
+    return [(row["step"], row[key]) for row in read_metrics(run) if key in row]
 
 
 def main(runs):

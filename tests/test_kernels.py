@@ -44,9 +44,7 @@ def home(q):
     """An operand on the CPU."""
     if not isinstance(q, NVFP4Tensor):
         return q and Decoded(*(t.cpu() for t in q))
-    moved = NVFP4Tensor(q.codes.cpu(), q.scales.cpu(), q.amax.cpu(), q.unbiased)
-    moved.s_dec = q.s_dec.cpu()                     # as the kernel wrote it
-    return moved
+    return NVFP4Tensor(q.codes.cpu(), q.scales.cpu(), q.amax.cpu(), q.s_dec.cpu())
 
 
 def kernels(x, row, col, ptx=SOFTWARE):
@@ -214,11 +212,10 @@ def test_hardware_uses_what_agrees_with_the_definition(wrong, monkeypatch, capsy
         return 0.98 * y if wrong == "matmul" else y
     for name, value in (("get_device_capability", (10, 0)), ("get_device_name", "a Blackwell")):
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda t, _: t)
     monkeypatch.setattr(nvfp4, "_cast_triton", instructions)
     monkeypatch.setattr(nvfp4, "WAYS", {"scaled_mm": product, "dot_scaled": product})
     way = "registers" if wrong == "matmul" else "scaled_mm"
-    assert nvfp4.hardware.__wrapped__(0) == (wrong != "nearest", wrong != "stochastic", way)
+    assert nvfp4.hardware.__wrapped__(DEVICE) == (wrong != "nearest", wrong != "stochastic", way)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == {None: 0, "matmul": 2}.get(wrong, 1) and all("is not used" in line for line in said)
 
@@ -450,7 +447,7 @@ def test_cuda_graph_of_a_training_step(recipe):
 @needs_gpu
 def test_rounding_instructions_agree_with_the_definition():
     """Where the chip has them: cvt.rn, and cvt.rs with the definition's random bytes."""
-    found, generation = nvfp4.hardware(0), torch.cuda.get_device_capability()[0]
+    found, generation = nvfp4.hardware(DEVICE), torch.cuda.get_device_capability()[0]
     assert found[:2] == (generation in (10, 12), generation == 10)
     assert (found.matmul == "registers") == (generation not in (10, 12))
     for has, key in zip(found[:2], (None, KEY), strict=True):

@@ -83,7 +83,7 @@ def broken(q):
     """What a check must not take for q: transposed nibbles, swapped scales, a tensor scale off by 1 %."""
     scales = q.scales.view(torch.uint8).flip(1).view(torch.float8_e4m3fn)
     codes = q.codes >> 4 | q.codes << 4
-    return replace(q, codes=codes), replace(q, scales=scales), replace(q, amax=1.01 * q.amax)
+    return replace(q, codes=codes), replace(q, scales=scales), replace(q, s_dec=1.01 * q.s_dec)
 
 
 # ---------------------------------------------------------------- E2M1
@@ -372,7 +372,7 @@ def test_matmul_of_codes_is_exact(cpu):
     a, b = (NVFP4Tensor(c, ones, torch.tensor(2688.0)) for c in codes.split(64))
     exact = a.dequantize().double() @ b.dequantize().double().T
     assert torch.equal(matmul(a, b).double(), exact)
-    assert not torch.equal(matmul(a, replace(b, amax=b.amax * (1 + 2**-20))).double(), exact)
+    assert not torch.equal(matmul(a, replace(b, s_dec=b.s_dec * (1 + 2**-20))).double(), exact)
 
 
 @pytest.mark.parametrize("options", ({}, {"block": (16, 16)}, {"stochastic": True}), ids=str)
