@@ -3,9 +3,8 @@
     python analyze.py out/gpt out/ngpt                   tables, analysis.json, analysis.png (fig. 1-4 and 8)
     python analyze.py losses out/ngpt_bf16 out/ngpt      relative error against the bf16 twin (fig. 5)
     python analyze.py lr --max_steps=150 --n_embd=64     learning rates x {gpt, ngpt} x {bf16, fp4} (fig. 6a)
-    python analyze.py layer                              speed of one layer (fig. 6b)
     python analyze.py onelayer --max_steps=200           one MLP trained alone (fig. 7)
-    python analyze.py quant                              errors of the format on Gaussians
+    python analyze.py quant                              errors of the formats on Gaussians
     python analyze.py -h                                 this text and the options
 
 What is measured. A linear layer is a dot product of K terms for each token and output channel. With w^ and x^
@@ -19,15 +18,15 @@ the quantized operands, term k is the signal s_k = w_k x_k plus the noise n_k = 
     sat         share of blocks with a magnitude above the fixed amax of the recipe
     growth      of the held-out loss, in nats, when Gaussian noise is added to the weights (fig. 8)
 
-The high-precision model of the checkpoint is run on held-out batches; hooks record inputs of the layers that
-convert() would quantize, which are then quantized as the run's recipe does in its forward GEMMs: to nearest,
-in its blocks, with its tensor scales (a bf16 run: by its architecture's recipe). Tokens and output channels
-are sampled; sums over the products come from matrix products, in float64, so the products (T, J, K)
-themselves never exist. Means are over the layers that all runs have; spreads are standard deviations
-over runs that differ in their seed alone.
+The high-precision model of the checkpoint is run on held-out batches; hooks record what enters each layer
+that convert() makes, quantized by the layer's own choices: what the run's recipe gives fprop.x and fprop.w
+(a bf16 run: its architecture's recipe). Tokens and output channels are sampled; sums over the products come
+from matrix products, in float64, so the products (T, J, K) themselves never exist. Means are over the layers
+that all runs have; spreads are standard deviations over runs that differ in their seed alone.
 
 Letters: T tokens and J output channels in the sample, K terms of a dot product (the papers' D).
-Source of all equations and figures: 2605.06067, sections 3 and 4, appendix B.
+Source of all equations and figures: 2605.06067, sections 3 and 4, appendix B. Its fig. 6b, the speed of a
+layer: python tests/bench.py layer
 """
 import argparse
 import contextlib
@@ -37,22 +36,23 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 
 import nvfp4
 import train
-from data.tokens import DataError
-from model import ModelConfig, build
-from nvfp4 import RECIPES, FP4Linear, count_saturated, quantize
-from train import UserError
+from assets.figures import curves, draw
+from configs.config import UserError
+from data.tokens import DataError, batch_at, load_data, val_starts
+from nvfp4 import FORMATS, RECIPES, hadamard, quantize
+from train import OWN_RECIPE
 
-OWN_RECIPE = {"gpt": "nvfp4", "ngpt": "ngpt"}
 ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)          # relative noise of the flatness probe, as in fig. 8
 KIND = ("arch", "width", "recipe")                  # what tells runs apart, but for their seeds
 
@@ -180,11 +180,11 @@ def flatness(model, loss, alphas=ALPHAS, draws=2, seed=0):
     clean, growth = loss(model), []
     for alpha in progress(alphas, "flatness"):
         total = 0.0
-        for draw in range(draws):
+        for n in range(draws):
             noisy, generator = copy.deepcopy(model), None
             for p in noisy.parameters():
                 if p.dim() >= 2:
-                    generator = generator or torch.Generator(p.device).manual_seed(seed + draw)
+                    generator = generator or torch.Generator(p.device).manual_seed(seed + n)
                     noise = torch.randn(p.shape, generator=generator, device=p.device)
                     p += alpha * p.norm() / math.sqrt(p.numel()) * noise
             total += loss(noisy)
@@ -221,15 +221,22 @@ def rounding(x, draws=16, seed=0, **kw):
 
 
 def histograms(q):
-    """Counts of the 16 codes and of the 16 exponents e of the block scales (E4M3: up to 2^(e - 6)) of an
-    NVFP4Tensor: two lists."""
-    numbers = torch.stack([q.codes & 15, q.codes >> 4]), q.scales.view(torch.uint8) >> 3 & 15
-    return [torch.bincount(n.flatten().int(), minlength=16).tolist() for n in numbers]
+    """Counts of the 16 codes of a Quantized, and {e: its block scales from 2^e up to 2^(e+1)}."""
+    codes = torch.bincount(torch.stack([q.codes & 15, q.codes >> 4]).flatten().int(), minlength=16)
+    scales = q.scales.float()
+    exponents, counts = scales[scales > 0].log2().floor().int().unique(return_counts=True)
+    return codes.tolist(), dict(zip(exponents.tolist(), counts.tolist(), strict=True))
 
 
-def saturated(x, amax, block=(1, 16)):
-    """Share of blocks of x (M, K) with a magnitude above the fixed amax; 0 where that is measured (None)."""
-    return count_saturated(x, amax, block) * math.prod(block) / x.numel() if amax else 0.0
+def saturated(x, how):
+    """Share of blocks of x (M, K) with a magnitude above the fixed amax of how, the arguments of quantize();
+    0 where the recipe or the format fixes none."""
+    form = FORMATS[how["format"]]
+    if how["amax"] is None or form.top is None:
+        return 0.0
+    height, width = form.shape_of(how["square"])
+    blocks = x.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+    return float((blocks.abs().amax((1, 3)) > how["amax"]).double().mean())
 
 
 # ---------------------------------------------------------------- recording
@@ -244,65 +251,108 @@ def progress(items, what):
                   end="\n" if done == len(items) else "", flush=True)
 
 
-def targets(model, cfg):
-    """Names of the layers of a model that convert() would quantize."""
-    converted = nvfp4.convert(copy.deepcopy(model), cfg, report=lambda line: None)
-    return [name for name, m in converted.named_modules() if isinstance(m, FP4Linear)]
+def as_multiplied(x, how):
+    """A matrix as its GEMM sees it, rotated where the recipe says so, and its quantized values, fp32.
+    how: arguments of quantize(), from the layer's recipe"""
+    seen = x if how["signs"] is None else hadamard(x, how["signs"])
+    return seen, quantize(x, **how).dequantize()
 
 
 @torch.no_grad()
-def record(model, names, batches, n_tokens, seed=0):
-    """Inputs of linear layers: {name: [(rows (n, K) fp32, largest magnitude of the whole batch), ...]}.
+def record(model, batches, n_tokens, seed=0):
+    """What enters the FP4 layers of a converted model that runs in high precision: {name: (x, xq)}, (T, K)
+    fp32 each, as multiplied and quantized.
 
-    batches: (idx, targets) pairs; n_tokens rows in all, the same tokens for every layer. A measured tensor
-    scale depends on the largest magnitude: with it the sampled rows are quantized as in their batch.
+    batches: (idx, targets) pairs; n_tokens rows in all, the same tokens for every layer. Whole batches are
+    quantized, as in training, since a measured tensor scale depends on all that is in them.
     """
-    generator, found = torch.Generator().manual_seed(seed), {name: [] for name in names}
+    generator, found, handles = torch.Generator().manual_seed(seed), {}, []
 
-    def keep(name, x):
+    def keep(name, layer, x):
         x = x.detach().flatten(0, -2).float()
-        found[name].append((x[rows.to(x.device)], float(x.abs().max())))
-    handles = [model.get_submodule(name).register_forward_pre_hook(
-        lambda _, args, name=name: keep(name, args[0])) for name in names]
-    for idx, _ in batches:
-        rows = torch.randperm(idx.numel(), generator=generator)[:-(-n_tokens // len(batches))]
-        model(idx)
+        pair = as_multiplied(x, layer.cfg.operand("fprop.x", layer.keys, layer.signs))
+        found.setdefault(name, []).append([t[rows.to(t.device)] for t in pair])
+    for name, layer in fp4_layers(model).items():
+        handles.append(layer.register_forward_pre_hook(
+            lambda layer, args, name=name: keep(name, layer, args[0])))
+    with nvfp4.high_precision(model):
+        for idx, _ in batches:
+            rows = torch.randperm(idx.numel(), generator=generator)[:-(-n_tokens // len(batches))]
+            model(idx)
     for handle in handles:
         handle.remove()
-    return found
+    return {name: tuple(map(torch.cat, zip(*pairs, strict=True))) for name, pairs in found.items()}
+
+
+def fp4_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, nvfp4.FP4Linear)}
+
+
+class Sample(NamedTuple):
+    """A layer's operands as they are multiplied, and quantized, fp32."""
+    x: torch.Tensor                                 # (T, K)
+    xq: torch.Tensor
+    w: torch.Tensor                                 # (N, K), all output channels
+    wq: torch.Tensor
+    m: SimpleNamespace                              # moments() of x and J of the channels
+    how_x: dict                                     # what the recipe gave them: arguments of quantize()
+    how_w: dict
+
+
+class Probe(NamedTuple):
+    of: Callable                                    # function of a Sample: a number
+    form: str                                       # how tables print it
+
+
+# What is measured of every layer, stands in every table and in analysis.json. A new probe is a row here.
+PROBES = {
+    "weights": Probe(lambda s: db(snr(s.w, s.wq)), ".2f"),
+    "activations": Probe(lambda s: db(snr(s.x, s.xq)), ".2f"),
+    "products": Probe(lambda s: db(averaging_gain(s.m)[0]), ".2f"),
+    "dot": Probe(lambda s: db(averaging_gain(s.m)[1]), ".2f"),
+    "gain": Probe(lambda s: db(averaging_gain(s.m)[2]), ".2f"),
+    "eq4": Probe(lambda s: db(predict(s.m, s.m.K)), ".2f"),
+    "rho_s": Probe(lambda s: rho(s.m.S, s.m.var_s, s.m.K).nanmean(), ".1e"),
+    "rho_n": Probe(lambda s: rho(s.m.N, s.m.var_n, s.m.K).nanmean(), ".1e"),
+    "z_s": Probe(lambda s: normalized(s.m)[0].square().mean().sqrt(), ".3f"),
+    "z_n": Probe(lambda s: normalized(s.m)[1].square().mean().sqrt(), ".3f"),
+    "sat_x": Probe(lambda s: saturated(s.x, s.how_x), ".1%"),
+    "sat_w": Probe(lambda s: saturated(s.w, s.how_w), ".1%"),
+}
+STAGES = ("weights", "activations", "products", "dot")
 
 
 @torch.no_grad()
-def measure(recorded, weight, cfg, n_channels, seed=0):
-    """The probes of one layer, from record()'s rows and its weight (N, K).
+def measure(layer, x, xq, n_channels, seed=0):
+    """All that is measured of one FP4 layer, from what record() kept of its input.
 
-    returns {probe: number}: SNRs, gain and eq. 4 in dB, of sums over the sample
+    returns {probe: number}
             [{k, dot, rho_s, eq4}] for sums of k terms, the first two NaN for k > K
             [{dot, z_s, z_n, rho_s, rho_n}] of the sampled output channels
     """
-    block = (16, 16) if cfg.weight_block == "16x16" else (1, 16)
-    weight = weight.detach().float()
-    weight_q = quantize(weight, block, amax=cfg.weight_amax).dequantize()
-    x = torch.cat([rows for rows, _ in recorded])
-    xq = torch.cat([quantize(rows, amax=cfg.input_amax or top).dequantize() for rows, top in recorded])
-    chosen = torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))[:n_channels]
-    chosen = chosen.to(x.device)
-    operands = x, weight[chosen], xq, weight_q[chosen]
-    m = moments(*operands)
-    (products, dot, gain), (z_s, z_n) = averaging_gain(m), normalized(m)
-    rho_s, rho_n = rho(m.S, m.var_s, m.K), rho(m.N, m.var_n, m.K)
-    probes = {"weights": db(snr(weight, weight_q)), "activations": db(snr(x, xq)), "products": db(products),
-              "dot": db(dot), "gain": db(gain), "eq4": db(predict(m, m.K)), "rho_s": rho_s.nanmean(),
-              "rho_n": rho_n.nanmean(), "z_s": z_s.square().mean().sqrt(), "z_n": z_n.square().mean().sqrt(),
-              "sat_x": saturated(x, cfg.input_amax), "sat_w": saturated(weight, cfg.weight_amax, block)}
-    ks, terms = [16 * 2**i for i in range(13)], []
+    how_x, how_w = (layer.cfg.operand(name, layer.keys, layer.signs) for name in ("fprop.x", "fprop.w"))
+    w, wq = as_multiplied(layer.weight.detach().float(), how_w)
+    chosen = torch.randperm(len(w), generator=torch.Generator().manual_seed(seed))[:n_channels].to(x.device)
+    operands = x, w[chosen], xq, wq[chosen]
+    sample = Sample(x, xq, w, wq, moments(*operands), how_x, how_w)
+    probes = {name: float(probe.of(sample)) for name, probe in PROBES.items()}
+    return probes, by_terms(sample.m, operands, seed), by_channel(sample.m)
+
+
+def by_terms(m, operands, seed):
+    ks, rows = [16 * 2**i for i in range(13)], []
     sums = partial_sums(*operands, [k for k in ks if k <= m.K], seed)
     for k in ks:
         ratio, r = sums.get(k, (math.nan, math.nan))
-        terms.append({"k": k, "dot": float(db(ratio)), "rho_s": float(r), "eq4": float(db(predict(m, k)))})
-    channels = {"dot": db((z_s / z_n).square()), "z_s": z_s, "z_n": z_n, "rho_s": rho_s, "rho_n": rho_n}
-    channels = [dict(zip(channels, v, strict=True)) for v in torch.stack(list(channels.values()), 1).tolist()]
-    return {k: float(v) for k, v in probes.items()}, terms, channels
+        rows.append({"k": k, "dot": float(db(ratio)), "rho_s": float(r), "eq4": float(db(predict(m, k)))})
+    return rows
+
+
+def by_channel(m):
+    z_s, z_n = normalized(m)
+    found = {"dot": db((z_s / z_n).square()), "z_s": z_s, "z_n": z_n, "rho_s": rho(m.S, m.var_s, m.K),
+             "rho_n": rho(m.N, m.var_n, m.K)}
+    return [dict(zip(found, row, strict=True)) for row in torch.stack(list(found.values()), 1).tolist()]
 
 
 def read_run(folder):
@@ -335,27 +385,28 @@ def analyse(folder, o):
     and mean growth of the run, of sums of k terms, of channels, and of the noise alpha."""
     model, _, c = train.load_run(folder)
     device, _ = train.choose_device(replace(c, device="auto"))
-    model, val = model.to(device), train.load_data(c)[1]
+    model, val = model.to(device), load_data(c.dataset, c.model.block_size, c.model.vocab_size).val
     recipe = c.recipe if "fprop" in c.fp4.gemms else OWN_RECIPE[c.model.arch]
     cfg = c.fp4 if recipe == c.recipe else RECIPES[recipe]
-    starts = train.val_starts(replace(c, eval_iters=4), len(val))
-    batches = [train.batch_at(val, s, c.model.block_size, device) for s in starts]
-    names = targets(model, cfg)
-    if not names or "fprop" in cfg.hadamard:
-        raise UserError(f"{folder}: {recipe} must quantize a layer, its forward operands not rotated")
+    starts = val_starts(len(val), c.model.block_size, (4, c.batch_size))
+    batches = [batch_at(val, s, c.model.block_size, device) for s in starts]
 
     @torch.no_grad()
     def loss(model):
         return float(sum(model(*batch).double() for batch in batches) / len(batches))
     growth, kind = flatness(model, loss, seed=o.seed), read_run(folder)["kind"]
     whole = {"quantized_as": recipe, "loss": loss(model), "growth": sum(growth) / len(growth)}
+    nvfp4.convert(model, cfg, report=lambda line: None)
+    layers = fp4_layers(model)
+    if not layers:
+        raise UserError(f"{folder}: {recipe} must quantize a layer; give a run that has some in FP4")
     rows = {"layers": [], "terms": [], "channels": [], "noise": [
         kind | {"alpha": a, "growth": g} for a, g in zip((0, *ALPHAS), (0.0, *growth), strict=True)]}
-    found = record(model, names, batches, o.tokens, o.seed)
-    for name in progress(names, str(folder)):
-        weight, here = model.get_submodule(name).weight, kind | {"layer": name}
-        probes, terms, channels = measure(found.pop(name), weight, cfg, o.channels, o.seed)
-        rows["layers"].append(here | whole | {"K": weight.shape[1]} | probes)
+    found = record(model, batches, o.tokens, o.seed)
+    for name in progress(layers, str(folder)):
+        here = kind | {"layer": name}
+        probes, terms, channels = measure(layers[name], *found.pop(name), o.channels, o.seed)
+        rows["layers"].append(here | whole | {"K": layers[name].in_features} | probes)
         rows["terms"] += [here | term for term in terms]
         rows["channels"] += [here | channel for channel in channels]
     return rows
@@ -412,66 +463,10 @@ def write(o, name, results, panels=()):
         draw(path.with_suffix(".png"), panels)
 
 
-# ---------------------------------------------------------------- pictures
-# A picture is a list of panels, a panel (title, x label, y label, curves, settings of its axes), a curve
-# (x, y, style), with y numbers or (mean, spread) pairs.
-
-COLOURS = {"gpt": "#ef8a17", "ngpt": "#17408b"}     # light and dark: they differ in grey as well
-LINES = {"bf16": (":", "o"), "nvfp4": ("--", "s"), "ngpt": ("-", "^")}          # by recipe, with markers
-
-
-def curves(rows, x, y, **style):
-    """y against x, a curve for each architecture and recipe."""
-    found = []
-    for arch, recipe in dict.fromkeys((row["arch"], row["recipe"]) for row in rows):
-        (linestyle, marker), mine = LINES.get(recipe, ("-.", "D")), find(rows, arch=arch, recipe=recipe)
-        found.append(([row[x] for row in mine], [row[y] for row in mine], {
-            "color": COLOURS[arch], "linestyle": linestyle, "marker": marker,
-            "label": f"{arch.replace('gpt', 'GPT')} {recipe}",
-            **({"markerfacecolor": "white", "markersize": 7} if recipe == "bf16" else {})} | style))
-    return found
-
-
-def draw(path, panels):
-    """Panels, three in a row at most, 900 pixels wide. The labels of the first one stand above the picture,
-    others' new ones in their panel."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 7, "axes.grid": True,
-                         "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
-                         "lines.linewidth": 1.3, "lines.markersize": 4, "legend.frameon": False})
-    rows, known = -(-len(panels) // 3), {}
-    figure, axes = plt.subplots(rows, min(len(panels), 3), figsize=(9, 2.9 * rows + 0.5), squeeze=False,
-                                layout="constrained")
-    for a, (title, xlabel, ylabel, lines, settings) in zip(axes.flat, panels, strict=True):
-        for x, y, style in lines:
-            y = np.array(y, float)
-            middle, sd = y.T if y.ndim == 2 else (y, None)
-            a.errorbar(x, middle, sd, **{"capsize": 2, "elinewidth": 0.8} | style)
-        a.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
-        for scale, axis in (("xscale", a.xaxis), ("yscale", a.yaxis)):
-            if scale in settings:                   # label the points, not the powers of ten
-                a.minorticks_off()
-                axis.set_major_formatter("{x:g}")
-        handles, labels = a.get_legend_handles_labels()
-        new = {label: handle for handle, label in zip(handles, labels, strict=True) if label not in known}
-        if new and known:
-            a.legend(new.values(), new)
-        elif new:
-            figure.legend(new.values(), new, loc="outside upper center", ncols=6, fontsize=8)
-        known |= new
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    print(f"wrote {path}")
-
-
 # ---------------------------------------------------------------- comparing runs
 
-STAGES = ("weights", "activations", "products", "dot")
 HEAD = dict.fromkeys(KIND, "")                      # columns of a table: field, format
-PROBES = dict.fromkeys((*STAGES, "gain", "eq4"), ".2f") | {
-    "rho_s": ".1e", "rho_n": ".1e", "z_s": ".3f", "z_n": ".3f", "sat_x": ".1%", "sat_w": ".1%"}
+COLUMNS = {name: probe.form for name, probe in PROBES.items()}
 
 
 def compare(folders, o, _):
@@ -490,9 +485,9 @@ def compare(folders, o, _):
     found = {"layers": by_layer, "overall": overall, "pairs": against(layers),
              "terms": over_seeds(terms, *KIND, "k"), "noise": over_seeds(rows["noise"], *KIND, "alpha")}
     print("by layer: SNRs, gain and eq. 4 in dB; below each row the standard deviation over seeds")
-    table(by_layer, {"layer": ""} | HEAD | PROBES)
+    table(by_layer, {"layer": ""} | HEAD | COLUMNS)
     print(f"\nmeans of {len(shared)} layers; loss of the high-precision model and its mean growth in nats")
-    table(overall, HEAD | {"quantized_as": ""} | PROBES | {"loss": ".3f", "growth": ".4f"})
+    table(overall, HEAD | {"quantized_as": ""} | COLUMNS | {"loss": ".3f", "growth": ".4f"})
     print("\nnGPT over GPT: SNR(dot) in dB, measured and by eq. 5; growth of GPT's loss over nGPT's; by eq. "
           "5\nno gap far below so many terms, and a factor far above so many")
     table(found["pairs"], {"width": "", "ngpt": "", "gpt": "", "gap_db": "+.2f", "eq5_db": "+.2f",
@@ -647,95 +642,44 @@ def onelayer(_, o, flags):
             rows += [row | last for row in analyse(folder, o)["layers"]]
     rows = summary(rows, ("arch", "recipe", "step"), np.mean)
     print("embedding, one MLP and head: validation loss in nats; means of the two linear layers")
-    table(rows, {"arch": "", "step": "", "loss": ".4f"} | PROBES)
+    table(rows, {"arch": "", "step": "", "loss": ".4f"} | COLUMNS)
     write(o, "onelayer", {"flags": flags, "results": rows}, [
         (f"Fig. 7  one MLP: {key}", "optimizer step", label, curves(rows, "step", key), {})
         for key, label in (("loss", "validation loss, nats a token"), ("rho_s", "rho_s, mean of 2 layers"))])
 
 
-# Of the layer benchmark: widths by device, on a GPU the paper's, tokens; timings and steps in each.
-SIZES = {"cuda": (1536, 3072, 6144, 12288, 24576, 49152), "cpu": (128, 256, 512)}
-LENGTH, REPETITIONS, ITERATIONS = {"cuda": 8192, "cpu": 256}, 10, 20
-
-
-def time_layer(arch, recipe, D, T, device, dtype):
-    """Milliseconds (REPETITIONS,) of forward and backward, input gradients included, of a transformer layer.
-
-    Sizes of fig. 6b: FFN 3 D, heads of 128, SwiGLU, micro-batch 1. The weights are quantized anew every time,
-    as after an optimizer step. NaN where it does not fit into memory.
-    """
-    def step():
-        model.zero_grad()
-        nvfp4.set_step(model, 0, next(steps))
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            y = h
-            for block in model.blocks:
-                y = block(y)
-        y.backward(dy.to(y.dtype))
-    try:
-        with device:
-            model = build(ModelConfig(arch=arch, n_layer=1, n_embd=D, n_head=max(1, D // 128), n_ffn=3 * D,
-                                      vocab_size=16, activation="swiglu", block_size=T))
-            h, dy = torch.nn.functional.normalize(torch.randn(2, 1, T, D), dim=-1)
-        if recipe != "bf16":
-            nvfp4.convert(model, replace(RECIPES[recipe], tail=0.0), report=lambda text: None)
-        train.compile_model(model, train.make_config({}))
-        h, steps = h.requires_grad_(), itertools.count()
-        timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-        return [1e3 * timer.timeit(ITERATIONS).mean for _ in range(REPETITIONS)]
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return [math.nan] * REPETITIONS
-
-
-def layer(_, o, flags):
-    """Fig. 6b: one layer in bf16 and FP4, for the sizes that fit into memory."""
-    device, dtype = train.choose_device(train.make_config({}))
-    T, rows = LENGTH[device.type], []
-    for D, (arch, recipe) in progress(itertools.product(SIZES[device.type], OWN_RECIPE.items()), "layer"):
-        ms = zip(*(time_layer(arch, r, D, T, device, dtype) for r in ("bf16", recipe)), strict=True)
-        rows += [{"arch": arch, "width": D, "recipe": recipe, "seed": i, "bf16_ms": bf16, "fp4_ms": fp4,
-                  "speedup": bf16 / fp4} for i, (bf16, fp4) in enumerate(ms)]
-    rows = over_seeds(rows, *KIND)
-    print(f"one layer, forward + backward, {T} tokens, milliseconds; -: does not fit\n"
-          f"{nvfp4.capability(device)}\n(the speed of emulation, not of FP4 hardware)")
-    table(rows, HEAD | {"bf16_ms": ".1f", "fp4_ms": ".1f", "speedup": ".2f"})
-    write(o, "layer", {"device": nvfp4.capability(device), "tokens": T, "results": rows}, [
-        (f"Fig. 6b  one layer, forward + backward, {T} tokens (FP4 emulated)", "width D, channels",
-         "time in BF16 / time in FP4", curves(rows, "width", "speedup"),
-         {"xscale": "log", "xticks": SIZES[device.type]})])
-
-
-LITERATURE = {"nearest, 1x16": 9.0e-3, "nearest, 16x16": 12.4e-3, "stochastic, 1x16, unbiased": 23.5e-3}
+LITERATURE = {("nvfp4", "nearest, 1x16"): 9.0e-3, ("nvfp4", "nearest, 16x16"): 12.4e-3,
+              ("nvfp4", "stochastic, 1x16, unbiased"): 23.5e-3}
 
 
 def quant(_, o, flags):
-    """Errors of the format on unit Gaussians, beside table 1 of 2601.22813; bias and variance of stochastic
+    """Errors of the formats on unit Gaussians, beside table 1 of 2601.22813; bias and variance of stochastic
     rounding; histograms, in the JSON, of codes and scales rounded to nearest."""
     x, rows = torch.randn(512, 4096, generator=torch.Generator().manual_seed(o.seed)), []
-    for case, mse in nvfp4.error_table().items():
+    for (name, case), mse in nvfp4.error_table().items():
         bias = dict.fromkeys(("slope", "z", "variance"), math.nan)
         if "stochastic" in case:
-            bias = rounding(x, seed=o.seed, unbiased="unbiased" in case)
-        rows.append({"case": case, "mse": mse, "literature": LITERATURE.get(case, math.nan),
-                     "snr_db": -float(db(mse)), **bias})
+            bias = rounding(x, seed=o.seed, format=name, unbiased="unbiased" in case)
+        rows.append({"format": name, "case": case, "mse": mse, "snr_db": -float(db(mse)),
+                     "literature": LITERATURE.get((name, case), math.nan), **bias})
     print("unit Gaussians: mean square error; of 16 draws of stochastic rounding, with 8 random bits (up to\n"
           "1/256 of a step short), slope <E q, x> / <x, x>, z (slope - 1 in standard errors) and variance")
-    table(rows, {"case": "", "mse": ".3e", "literature": ".3e", "snr_db": ".2f", "slope": ".5f", "z": "+.1f",
-                 "variance": ".3e"})
-    codes, exponents = histograms(quantize(x))
-    write(o, "quant", {"results": rows, "codes": codes, "scale_exponents": exponents})
+    table(rows, {"format": "", "case": "", "mse": ".3e", "literature": ".3e", "snr_db": ".2f", "slope": ".5f",
+                 "z": "+.1f", "variance": ".3e"})
+    counts = {name: dict(zip(("codes", "scale_exponents"), histograms(quantize(x, name)), strict=True))
+              for name in FORMATS}
+    write(o, "quant", {"results": rows, "histograms": counts})
 
 
 # ---------------------------------------------------------------- the command line
 
-COMMANDS = {"losses": losses, "lr": lr, "layer": layer, "onelayer": onelayer, "quant": quant}
+COMMANDS = {"losses": losses, "lr": lr, "onelayer": onelayer, "quant": quant}
 
 
 def main(argv):
     parser = argparse.ArgumentParser("analyze.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="+", help="[losses] RUN ..., or lr, layer, onelayer, quant")
+    parser.add_argument("words", nargs="+", help="[losses] RUN ..., or lr, onelayer, quant")
     for name, default, what in (
             ("out_dir", "out/analysis", "folder for JSON, picture and the runs of lr and onelayer"),
             ("tokens", 2048, "tokens in the sample"),

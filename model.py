@@ -3,8 +3,9 @@
 A pattern names the mixers in order: "*" attention, "-" MLP; "*-*-" is a transformer of two layers. A rule
 says how a mixer's output joins the stream: pre-norm (GPT), h + f(rmsnorm(h)), or the step on the hypersphere
 (nGPT), where the stream has norm 1 and so has every row that enters a linear layer. GPT stands first and is
-complete without nGPT; nGPT replaces the mixers, the rule and the head by normalized ones. Nothing here knows
-of 4 bits.
+complete without nGPT; nGPT replaces the mixers, the rule and the head by normalized ones. A mixer alone
+knows its weights: which axis of theirs is the residual stream, how they begin, what they cost. A new one is a
+class, and its letter in GPT.mixers and NGPT.mixers. Nothing here knows of 4 bits.
 
 Letters
     B T C    batch, time (tokens), channels of the residual stream (n_embd)
@@ -15,17 +16,21 @@ Letters
 Sources: 2410.01131 (nGPT), 2605.06067 appendix A (nGPT with normalized GEMM inputs: what makes it natively
 4-bit).
 
-    python model.py configs/ngpt_1b.py                 describe a model: parameters, FLOPs, memory, layers
+    python model.py configs/ngpt_1b.py --n_layer=10    describe a model: parameters, FLOPs, memory, layers
     python model.py out/ngpt_tiny "The state of"       sample from a run
 """
 import math
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from configs.config import UserError, help_fields, read_settings, unflatten
+from data.tokens import data_folder, load_tokenizer
 
 # ---------------------------------------------------------------- config
 
@@ -65,8 +70,6 @@ class ModelConfig:
                     init_std=self.init_std or (0.02 if self.arch == "gpt" else self.n_embd**-0.5))
         if c.init_std <= 0 or c.rope_base < 0:
             raise ValueError(f"init_std={c.init_std} must be > 0 and rope_base={c.rope_base} >= 0")
-        if set(c.pattern) - set("*-"):
-            raise ValueError(f"pattern={c.pattern} must consist of * (attention) and - (MLP)")
         if c.n_head % c.n_kv_head:
             raise ValueError(f"n_head={c.n_head} must be a multiple of n_kv_head={c.n_kv_head}")
         if c.head_dim % 2 and c.rope_base:
@@ -112,15 +115,56 @@ class Scale(nn.Module):
 
 # ---------------------------------------------------------------- GPT
 
-class Attention(nn.Module):
+class Mixer(nn.Module):
+    """What a mixer tells of itself. Where its weights are linear layers, reads() and writes() are enough."""
+
+    def reads(self):
+        """[(weight, its axis along the residual stream), ...] of what reads from the stream."""
+        raise NotImplementedError
+
+    def writes(self):
+        """The same of what writes to it."""
+        raise NotImplementedError
+
+    def stream_weights(self):
+        """(weight, axis of the stream) of all that touches the stream: what nGPT normalizes."""
+        return self.reads() + self.writes()
+
+    def matrices(self):
+        """The weights of GEMMs, in order: drawn at random, under weight decay, 6 FLOPs a token for each of
+        their numbers. Stacked ones are among them; kernels of convolutions, gains and biases are not."""
+        linear = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
+        known = {id(weight) for weight in linear}
+        return linear + [weight for weight, _ in self.stream_weights() if id(weight) not in known]
+
+    def init_(self, std):
+        """Called when all matrices have been drawn: what else the mixer wants, std for what writes."""
+        for weight, _ in self.writes():
+            nn.init.normal_(weight, std=std)
+
+    def flops(self, T):
+        """FLOPs of forward and backward for one of T tokens."""
+        return 6 * sum(weight.numel() for weight in self.matrices())
+
+
+class Attention(Mixer):
     """Causal self-attention with grouped key/value heads and rotary positions."""
-    reads, writes = ("qkv",), ("out",)         # linear layers that read from and write to the residual stream
 
     def __init__(self, c):
         super().__init__()
         self.H, self.G, self.D, self.rope_base = c.n_head, c.n_kv_head, c.head_dim, c.rope_base
         self.qkv = nn.Linear(c.n_embd, (self.H + 2 * self.G) * self.D, bias=False)
         self.out = nn.Linear(self.H * self.D, c.n_embd, bias=False)
+
+    def reads(self):
+        return [(self.qkv.weight, 1)]
+
+    def writes(self):
+        return [(self.out.weight, 0)]
+
+    def flops(self, T):
+        """Scores and mixing too, their masked half included, as is the custom (2204.02311 appendix B)."""
+        return super().flops(T) + 12 * self.H * self.D * T
 
     def heads(self, x):
         """x (B, T, C) -> q (B, H, T, D), k and v (B, G, T, D), positions in q and k."""
@@ -140,15 +184,23 @@ class Attention(nn.Module):
         return self.out(self.mix(*self.heads(x)))
 
 
-class MLP(nn.Module):
-    """Two linear layers around relu(x)^2, or SwiGLU's three (the first two as one) around u * silu(v)."""
-    reads, writes = ("fc1",), ("fc2",)
+class MLP(Mixer):
+    """Two linear layers around relu(x)^2, or SwiGLU's three (the first two as one) around u * silu(v).
+
+    The silu is on v, the second half of fc1's output; in Megatron's checkpoints it is on the first.
+    """
 
     def __init__(self, c):
         super().__init__()
         self.swiglu = c.activation == "swiglu"
         self.fc1 = nn.Linear(c.n_embd, c.n_ffn * (2 if self.swiglu else 1), bias=False)
         self.fc2 = nn.Linear(c.n_ffn, c.n_embd, bias=False)
+
+    def reads(self):
+        return [(self.fc1.weight, 1)]
+
+    def writes(self):
+        return [(self.fc2.weight, 0)]
 
     def activate(self, hidden):
         """(B, T, F or 2F) -> (B, T, F)."""
@@ -184,6 +236,9 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config.resolve()
+        if set(c.pattern) - set(self.mixers):
+            known = " and ".join(f"{symbol} ({mixer.__name__})" for symbol, mixer in self.mixers.items())
+            raise ValueError(f"pattern={c.pattern} must consist of {known}")
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
         self.blocks = nn.ModuleList(self.block(c, self.mixers[symbol](c)) for symbol in c.pattern)
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-5)
@@ -193,12 +248,15 @@ class GPT(nn.Module):
     def init_weights(self):
         """Gaussian; smaller where a block writes to the stream: its variance is not to grow with depth."""
         c = self.config
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(m.weight, std=c.init_std)
+        for weight in self.matrices():
+            nn.init.normal_(weight, std=c.init_std)
         for block in self.blocks:
-            for name in block.mixer.writes:
-                nn.init.normal_(getattr(block.mixer, name).weight, std=c.init_std / math.sqrt(len(c.pattern)))
+            block.mixer.init_(c.init_std / math.sqrt(len(c.pattern)))
+
+    def matrices(self):
+        """Embedding, the mixers' matrices, head, in order: what weight decay acts on."""
+        mixers = [weight for block in self.blocks for weight in block.mixer.matrices()]
+        return [self.embed.weight, *mixers, self.head.weight]
 
     def logits(self, h):
         return self.head(self.norm(h))
@@ -223,8 +281,8 @@ class GPT(nn.Module):
 class NormalizedAttention(Attention):
     """Attention of unit vectors: softmax(sqrt(D) (s q)(s k)^T) v, and a unit vector into the projection.
 
-    s is learned, one per query channel, and both its factors are put on q; mix() divides by sqrt(D), so q
-    gets D. source: 2605.06067 appendix A
+    s is learned, one per query channel. q gets all of s^2 D, since query heads with an s each may share one
+    key, and since mix() divides by sqrt(D). source: 2605.06067 appendix A
     """
 
     def __init__(self, c):
@@ -265,7 +323,9 @@ class NormalizedMLP(MLP):
 def hypersphere_step(h, f, a):
     """unit(h + |a| (unit(f) - h)): a step from h towards f, back onto the sphere. h, f (..., C), a (C,).
 
-    h has norm 1, so the papers' Norm(h) is h. torch.compile fuses it.
+    h is left alone, as in 2410.01131. 2605.06067's code normalizes it once more: its norm being 1, that is
+    the same value and another gradient along h, seen by the embedding only, since the unit() of the step
+    before lets nothing along h through. torch.compile fuses it.
     """
     return unit(h + a.abs() * (unit(f.float()) - h))
 
@@ -310,12 +370,11 @@ class NGPT(GPT):
         Rows of what reads from the stream (and of embedding and head), columns of what writes to it.
         source: 2605.06067 appendix A
         """
-        mixers = [block.mixer for block in self.blocks]
-        rows = [self.embed, self.head] + [getattr(m, name) for m in mixers for name in m.reads]
-        columns = [getattr(m, name) for m in mixers for name in m.writes]
-        for dim, modules in ((1, rows), (0, columns)):
-            for m in modules:
-                m.weight.div_(m.weight.norm(dim=dim, keepdim=True) + 1e-6)
+        weights = [(self.embed.weight, 1), (self.head.weight, 1)]
+        for block in self.blocks:
+            weights += block.mixer.stream_weights()
+        for weight, axis in weights:
+            weight.div_(weight.norm(dim=axis, keepdim=True) + 1e-6)
 
 
 def build(config):
@@ -332,11 +391,9 @@ def count_parameters(model):
 
 
 def flops_per_token(model):
-    """FLOPs of forward and backward for one token: 6 per GEMM weight (head included) and 12 H D T per
-    attention layer, counting the masked half of the scores too, as is the custom (2204.02311 appendix B)."""
-    c = model.config
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    return 6 * weights + 12 * c.pattern.count("*") * c.n_head * c.head_dim * c.block_size
+    """FLOPs of forward and backward for one token: those of the mixers, and 6 per weight of the head."""
+    mixers = sum(block.mixer.flops(model.config.block_size) for block in model.blocks)
+    return mixers + 6 * model.head.weight.numel()
 
 
 def describe(config):
@@ -351,9 +408,11 @@ def describe(config):
              f"FLOPs/token    {flops_per_token(model):.3g} (forward + backward)",
              f"training state {16 * total / 2**30:.2f} GiB (fp32 weights, gradients, two Adam moments)", "",
              f"{'linear layer':28s} {'out':>8s} {'in':>8s} {'weights':>14s}"]
-    for name, m in model.named_modules():
-        if isinstance(m, nn.Linear):
-            lines.append(f"{name:28s} {m.out_features:8d} {m.in_features:8d} {m.weight.numel():14,}")
+    matrices = {id(weight) for weight in model.matrices()} - {id(model.embed.weight)}
+    for name, p in model.named_parameters():
+        if id(p) in matrices:
+            out, into = p.shape[-2:]
+            lines.append(f"{name.removesuffix('.weight'):28s} {out:8d} {into:8d} {p.numel():14,}")
     return "\n".join(lines)
 
 
@@ -386,17 +445,41 @@ def sample_text(model, tokenizer, prompt="", n_tokens=200, seed=0, **kw):
     return tokenizer.decode(out if prompt else out[1:])
 
 
-def main(argv):
-    from train import UserError, load_config, load_run
+# ---------------------------------------------------------------- checkpoints and the command line
+
+OWNERS = (("", ModelConfig),)
+
+
+def load_checkpoint(path, device="cpu"):
+    """What train.py saved: a dict of model, optimizer, step, config and origin."""
+    if not path.is_file():
+        raise UserError(f"{path}: no checkpoint there; train a run first, or give another folder")
     try:
-        if not argv or argv[0] in ("-h", "--help"):
-            print(__doc__.strip())
-        elif argv[0].endswith(".py"):
-            print(describe(load_config(argv).model))
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: not a checkpoint of this code ({why})") from None
+
+
+def load_model(folder, device="cpu"):
+    """The trained model of a run, in high precision, and the run's config: (model, {field: value})."""
+    saved = load_checkpoint(Path(folder) / "ckpt.pt", device)
+    model = build(ModelConfig(**unflatten(saved["config"], OWNERS))).to(device)
+    model.load_state_dict(saved["model"])
+    return model.eval(), saved["config"]
+
+
+def main(argv):
+    try:
+        if not argv or "-h" in argv or "--help" in argv:
+            print(f"{__doc__.strip()}\n{help_fields(OWNERS)}")
+        elif argv[0].endswith(".py") or argv[0].startswith("-"):
+            settings, _ = read_settings(argv, OWNERS, partial=True)
+            print(describe(ModelConfig(**settings)))
         else:
-            model, tokenizer, _ = load_run(argv[0])
-            print(sample_text(model, tokenizer, " ".join(argv[1:])))
-    except (UserError, ValueError) as error:
+            model, config = load_model(argv[0])
+            print(sample_text(model, load_tokenizer(data_folder(config["dataset"])), " ".join(argv[1:])))
+    except ValueError as error:                     # UserError, DataError, or sizes that do not fit
         sys.exit(f"model.py: {error}")
 
 

@@ -12,6 +12,9 @@ tokenizer.json holds the tokenizer's name and, for our own BPE, the split patter
 bytes of each token in base64, in the order of the ids. That name ends in a digest of pattern and tokens, and
 every .bin file repeats it: ids cannot be read beside the tokenizer of another run.
 
+A run takes windows of block_size + 1 tokens out of these files. Where they begin is a function of the seed
+and the step, of nothing else: there is no state that a checkpoint would have to keep.
+
 Each document begins with <|endoftext|>, which separates documents and opens a sample. Plain bytes ("bytes",
 for tests) have no such token; there the documents follow each other directly.
 """
@@ -19,12 +22,16 @@ import base64
 import hashlib
 import heapq
 import json
+import math
 import os
 import shlex
+import subprocess
+import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import regex
@@ -49,7 +56,7 @@ class DataError(ValueError):
     """A mistake in data or options that the user can mend: one line, to be printed without a traceback."""
 
 
-# ---- token files -------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- token files
 
 @dataclass
 class Header:
@@ -151,7 +158,7 @@ def _replace(path, *parts):
         temporary.unlink(missing_ok=True)
 
 
-# ---- byte-level BPE ----------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- byte-level BPE
 
 def train_bpe(docs, vocab_size):
     """docs: a text or a list of texts. vocab_size: counts the 256 bytes and <|endoftext|>.
@@ -219,7 +226,7 @@ def _merge(word, string):
         at += 1
 
 
-# ---- tokenizers --------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- tokenizers
 
 def bpe_encoding(ranks, pattern=SPLIT):
     """ranks from train_bpe -> tiktoken.Encoding"""
@@ -285,7 +292,85 @@ def _load_gpt2():
     return tiktoken.get_encoding("r50k_base")
 
 
-# ---- preparing a dataset -----------------------------------------------------------------------------------
+# ---------------------------------------------------------------- a dataset, and windows of it
+
+class Data(NamedTuple):
+    train: np.ndarray                               # ids (n_tokens,)
+    val: np.ndarray
+    header: Header                                  # of val
+    tokenizer: tiktoken.Encoding
+    vocab_size: int                                 # of a model for it
+
+    @property
+    def origin(self):
+        """What a run was trained on, to be recognized when it goes on."""
+        return f"{self.header.tokenizer}, {self.header.source}"
+
+
+def data_folder(dataset):
+    """A name is a folder beside this file, a path itself."""
+    return Path(dataset) if os.sep in dataset else Path(__file__).resolve().parent / dataset
+
+
+def prepare_missing(dataset):
+    """Run the prepare.py of a dataset that was never prepared, where it has one that takes no arguments."""
+    folder = data_folder(dataset)
+    script = folder / "prepare.py"
+    if not (folder / "train.bin").exists() and dataset != "text" and script.exists():
+        print(f"preparing {dataset}: python {script}", flush=True)
+        if subprocess.run([sys.executable, str(script)]).returncode:
+            raise DataError(f"dataset={dataset}: {script} failed; see above")
+
+
+def load_data(dataset, block_size, vocab_size=None):
+    """A prepared dataset as Data, checked to hold a window; vocab_size=None takes the tokenizer's.
+
+    raises: DataError
+    """
+    folder, need = data_folder(dataset), block_size + 1
+    (train, head), (val, val_head) = read_tokens(folder / "train.bin"), read_tokens(folder / "val.bin")
+    for name, ids in (("train.bin", train), ("val.bin", val)):
+        if len(ids) < need:
+            raise DataError(f"{folder / name}: {len(ids)} tokens must be {need} at least; lower block_size "
+                            "or give more text")
+    vocab_size = vocab_size or head.vocab_size
+    if vocab_size < head.vocab_size:
+        raise DataError(f"vocab_size={vocab_size} must be {head.vocab_size} at least, the vocabulary of "
+                        f"{dataset}")
+    return Data(train, val, val_head, load_tokenizer(folder), vocab_size)
+
+
+def train_starts(n_tokens, block_size, shape, seed, step):
+    """Where the samples of a step begin: shape is (micro-batches over all ranks, samples in each)."""
+    rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
+    return rng.integers(0, n_tokens - block_size, shape)
+
+
+def val_starts(n_tokens, block_size, shape):
+    """Fixed windows, spread evenly over the validation text: shape is (batches, samples in each)."""
+    n = math.prod(shape)
+    last = n_tokens - block_size - 1
+    return (np.arange(n) * last // max(n - 1, 1)).reshape(shape)
+
+
+def batch_at(ids, starts, block_size, device):
+    """Windows of ids at starts -> (idx, targets), each (len(starts), block_size) int64 on device."""
+    import torch                                    # takes seconds, and who prepares text does not need it
+    window = np.stack([ids[start:start + block_size + 1] for start in starts])
+    window = torch.from_numpy(window.astype(np.int64))
+    if device.type == "cuda":
+        window = window.pin_memory().to(device, non_blocking=True)
+    return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+
+def unigram_loss(train, val):
+    """Cross-entropy in nats of val under the token frequencies of train, one count added to each token."""
+    size = int(max(train.max(), val.max())) + 1
+    counts = np.bincount(train, minlength=size) + 1
+    return float(-np.log(counts / counts.sum())[val].mean())
+
+
+# ---------------------------------------------------------------- preparing a dataset
 
 def prepare(train_docs, val_docs, out_dir, source, tokenizer="bpe", vocab_size=4096):
     """Write train.bin, val.bin and tokenizer.json into out_dir. The tokenizer sees the training split only.

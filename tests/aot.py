@@ -25,9 +25,9 @@ CHIPS = (80, 90, 100, 103, 120)
 INSTRUCTIONS = r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync|cvt\.r[ns]\.satfinite\.e2m1)([\w.:]*)"
 
 
-def how(rows=1, stochastic=False, rotate=False, decode=False, ptx=False):
+def how(height=1, stochastic=False, rotate=False, decode=False, ptx=False):
     """The flags of one direction of _quantize_kernel."""
-    return rows, nvfp4.E2M1_MAX, stochastic, rotate, decode, ptx
+    return height, nvfp4.E2M1_MAX, stochastic, rotate, decode, ptx
 
 
 def configurations(chip):
@@ -46,7 +46,7 @@ def configurations(chip):
             ("x, evaluation", "bf16", how(**rn), None), ("x, ngpt", "bf16", how(**rn), saved[0]),
             ("x, nvfp4", "bf16", how(**rn), saved[1]), ("dy, ngpt", "bf16", how(**sr), how(**sr)),
             ("dy, nvfp4", "bf16", how(**sr), how(rotate=True, **sr)),
-            ("w", "fp32", how(rows=16, **rn), how(rows=16, **rn) if native else None),
+            ("w", "fp32", how(height=16, **rn), how(height=16, **rn) if native else None),
             ("codes, nearest", "bf16", how(ptx=native), None),
             ("codes, stochastic", "bf16", how(stochastic=True, ptx=ptx_sr), None)):
         types = {"x_ptr": "*" + x}
@@ -73,7 +73,7 @@ def configurations(chip):
         if not native or y == "bf16":
             types = types | {"a_scales_ptr": "*u8", "b_scales_ptr": "*u8"}
             block = nvfp4.HOPPER_BLOCK if chip == 90 else nvfp4.REGISTERS_BLOCK
-            constants = block | {"A_ROWS": 1, "B_ROWS": 16, "DTYPE": triton.language.bfloat16}
+            constants = block | {"A_HEIGHT": 1, "B_HEIGHT": 16, "DTYPE": triton.language.bfloat16}
             yield (f"matmul {y}, registers", nvfp4._matmul_kernel, types, constants,
                    nvfp4.REGISTERS_OPTIONS)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
+import torch
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
@@ -21,7 +22,8 @@ sys.path.insert(0, str(REPO))
 import data.sotu.prepare as sotu  # noqa: E402
 import data.text.prepare as text  # noqa: E402
 from data import tokens  # noqa: E402
-from data.tokens import DataError, load_tokenizer, prepare, read_tokens, train_bpe, write_tokens  # noqa: E402
+from data.tokens import (DataError, batch_at, data_folder, load_data, load_tokenizer, prepare,  # noqa: E402
+                         prepare_missing, read_tokens, train_bpe, train_starts, val_starts, write_tokens)
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 ENGLISH = "".join((LIBRARY / name).read_text(encoding="utf-8") for name in ("heapq.py", "argparse.py"))
@@ -41,7 +43,7 @@ def run_script(script, *arguments, cwd):
     return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=60)
 
 
-# ---- token files -------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- token files
 
 @pytest.mark.parametrize("vocab_size, dtype", [(300, "uint16"), (65536, "uint16"), (65537, "uint32")])
 def test_header_and_ids_come_back(tmp_path, vocab_size, dtype):
@@ -174,7 +176,7 @@ def test_killed_while_writing_leaves_the_old_file(tmp_path, atomic):
             read_tokens(path)
 
 
-# ---- byte-level BPE ----------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- byte-level BPE
 
 def naive_encode(word, ranks):
     """the definition of encoding: join the leftmost neighbours of the lowest rank until none have a rank"""
@@ -277,7 +279,7 @@ def test_bpe_takes_long_runs():
                           mergeable_ranks=train_bpe("", 257)).encode_ordinary(run)
 
 
-# ---- tokenizers --------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- tokenizers
 
 @pytest.mark.parametrize("name", ["bpe", "bytes"])
 def test_text_comes_back(tmp_path, name):
@@ -367,7 +369,61 @@ def test_gpt2_ids():
     assert encoding.n_vocab == 50257 and encoding.eot_token == 50256
 
 
-# ---- preparing a dataset -----------------------------------------------------------------------------------
+# ---------------------------------------------------------------- a dataset, and windows of it
+
+def test_batches_are_a_function_of_seed_and_step(monkeypatch):
+    first = train_starts(1000, 16, (4, 5), 1337, 7)
+    assert first.shape == (4, 5) and len(np.unique(first)) > 15                 # micro-batches do not repeat
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)                                         # a rank takes its rows of it
+    np.random.seed(0)
+    torch.manual_seed(0)
+    assert (train_starts(1000, 16, (4, 5), 1337, 8) != first).any()
+    assert (train_starts(1000, 16, (4, 5), 1338, 7) != first).any()
+    assert (train_starts(1000, 16, (4, 5), 1337, 7) == first).all()
+
+
+@pytest.mark.parametrize("n_tokens", [17, 18, 60])
+def test_windows_lie_in_the_data_and_reach_its_ends(n_tokens):
+    every = set(range(n_tokens - 16))                                           # 16 tokens and one to predict
+    assert set(train_starts(n_tokens, 16, (1, 1000), 1337, 0)[0].tolist()) == every
+    assert set(val_starts(n_tokens, 16, (1, 1000))[0].tolist()) == every
+    ids = np.arange(n_tokens, dtype=np.uint16)
+    idx, targets = batch_at(ids, [0, n_tokens - 17], 16, torch.device("cpu"))
+    assert idx.dtype == torch.int64 and targets[1, -1] == n_tokens - 1
+    assert idx[0].tolist() == list(range(16)) and torch.equal(targets, idx + 1)
+
+
+def test_validation_windows_are_spread_evenly():
+    starts = val_starts(1000, 16, (5, 3))
+    assert starts.shape == (5, 3) and starts[0, 0] == 0 and starts[-1, -1] == 1000 - 17
+    assert np.ptp(np.diff(starts.flatten())) <= 1
+    assert val_starts(1000, 16, (1, 1)).tolist() == [[0]]
+
+
+def test_a_dataset_is_a_name_or_a_path_and_prepares_itself_once(tmp_path, capfd):
+    assert data_folder("sotu") == REPO / "data" / "sotu" and data_folder(f"{tmp_path}/x") == tmp_path / "x"
+    code = (f"import sys; sys.path.insert(0, {str(REPO)!r}); from data.tokens import prepare\n"
+            f"prepare(['abcd' * 999], ['dcba' * 999], {str(tmp_path)!r}, 'a test', tokenizer='bytes')\n")
+    (tmp_path / "prepare.py").write_text("raise SystemExit(1)")
+    with pytest.raises(DataError, match="prepare.py failed; see above$"):
+        prepare_missing(str(tmp_path))
+    (tmp_path / "prepare.py").write_text(code)
+    prepare_missing(str(tmp_path))
+    assert f"preparing {tmp_path}: python {tmp_path}/prepare.py" in capfd.readouterr().out
+    found = load_data(str(tmp_path), 3995)
+    assert (len(found.train), found.vocab_size, found.origin) == (3996, 256, "bytes, a test")
+    assert load_data(str(tmp_path), 3995, 300).vocab_size == 300
+    (tmp_path / "prepare.py").write_text("raise SystemExit(1)")
+    prepare_missing(str(tmp_path))                  # it is there: nothing runs
+    prepare_missing("text")                         # takes arguments
+    assert "preparing" not in capfd.readouterr().out
+    for wrong, says in (((3996,), "3996 tokens must be 3997"), ((16, 255), "vocab_size=255 must be 256")):
+        with pytest.raises(DataError, match=says):
+            load_data(str(tmp_path), *wrong)
+
+
+# ---------------------------------------------------------------- preparing a dataset
 
 def test_prepared_documents_come_back(tmp_path):
     train, val = [ENGLISH, FOREIGN, "third"], [FOREIGN * 10, ENGLISH[:2000]]
@@ -414,7 +470,7 @@ def test_interrupted_preparation_is_noticed(tmp_path, monkeypatch):
         read_tokens(tmp_path / "train.bin")
 
 
-# ---- data/text/prepare.py ----------------------------------------------------------------------------------
+# ---------------------------------------------------------------- data/text/prepare.py
 
 @pytest.fixture
 def folder(tmp_path):
@@ -500,7 +556,7 @@ def test_mistake_through_a_real_process(tmp_path, folder):
     assert (tmp_path / "old" / "train.bin").read_bytes() != before["train.bin"]
 
 
-# ---- data/sotu/prepare.py ----------------------------------------------------------------------------------
+# ---------------------------------------------------------------- data/sotu/prepare.py
 
 def test_offline_through_a_real_process(tmp_path):
     done = run_script("sotu/prepare.py", "--offline", "--vocab_size", 260, "--out", "data", cwd=tmp_path)

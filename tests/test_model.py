@@ -1,5 +1,7 @@
 """GPT is the standard transformer, nGPT is the paper's: invariants, formulas, and controls that must fail."""
 import math
+import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
 
-import nvfp4
-from data.tokens import load_tokenizer
-from model import (ModelConfig, Scale, build, count_parameters, describe, flops_per_token, generate, rope,
-                   rope_tables, sample_text, unit)
+import model as model_file  # noqa: E402
+import nvfp4  # noqa: E402
+import train  # noqa: E402
+from data.tokens import load_tokenizer, prepare  # noqa: E402
+from model import (GPT, NGPT, Mixer, ModelConfig, Scale, build, count_parameters, describe,  # noqa: E402
+                   flops_per_token, generate, rope, rope_tables, sample_text, unit)
 
 SMALL = ModelConfig(n_layer=2, n_embd=64, n_head=4, n_kv_head=2, n_ffn=96, block_size=32, vocab_size=80)
 EPS = torch.finfo(torch.float32).eps
@@ -21,9 +26,14 @@ EPS = torch.finfo(torch.float32).eps
 
 @pytest.fixture(autouse=True)
 def unfused(monkeypatch):
-    """The models are under test here, not torch.compile: quantize with the definition as it stands."""
+    """The models are under test, not torch.compile: quantize with the definition as it stands. One thread:
+    more are slower on tensors as tiny as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.setattr(nvfp4, "can_compile", lambda kind: False)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(arch="ngpt", **changes):
@@ -231,8 +241,8 @@ def test_a_gpt_block_with_a_zero_output_projection_returns_its_input_exactly():
     h = torch.randn(2, 32, 64)
     for block in model.blocks:
         assert not torch.equal(block(h), h)
-        for name in block.mixer.writes:
-            torch.nn.init.zeros_(getattr(block.mixer, name).weight)
+        for weight, _ in block.mixer.writes():
+            torch.nn.init.zeros_(weight)
         assert torch.equal(block(h), h)
 
 
@@ -267,6 +277,85 @@ def test_rope_depends_on_distance_only_and_keeps_norms():
         assert float((diagonal - diagonal[0]).abs().max()) < 20 * EPS * float(q.norm() * k.norm())
     assert float(scores.diagonal(-1)[0] - scores.diagonal(0)[0]) != 0
     assert close(rope(q, cos, sin).norm(dim=-1), q.norm(dim=-1), 10 * EPS)
+
+
+# ---------------------------------------------------------------- mixers
+
+class Odd(Mixer):
+    """What a mixer may be made of beside linear layers: a convolution along the tokens, stacked experts."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = torch.nn.Parameter(torch.empty(c.n_embd, 1, 3))
+        self.up, self.router = (torch.nn.Linear(c.n_embd, n, bias=False) for n in (32, 4))
+        self.experts = torch.nn.Parameter(torch.empty(4, c.n_embd, 32))         # (expert, out, in)
+
+    def reads(self):
+        return [(self.up.weight, 1), (self.router.weight, 1)]
+
+    def writes(self):
+        return [(self.experts, 1)]
+
+    def init_(self, std):
+        super().init_(std)
+        torch.nn.init.ones_(self.conv)
+
+    def flops(self, T):
+        return super().flops(T) - 6 * self.experts.numel() // 2 + 6 * self.conv.numel()
+
+    def forward(self, x):
+        x = F.conv1d(F.pad(x.transpose(1, 2), (2, 0)), self.conv, groups=x.size(2)).transpose(1, 2)
+        return torch.einsum("btf,ecf,bte->btc", self.up(x), self.experts, self.router(x).softmax(-1))
+
+
+@pytest.mark.parametrize("arch", ["gpt", "ngpt"])
+def test_a_mixer_says_what_only_it_knows(monkeypatch, arch):
+    for model_class in (GPT, NGPT):
+        monkeypatch.setattr(model_class, "mixers", model_class.mixers | {"O": Odd})
+    model, plain = make(arch, pattern="O*-O"), make(arch, pattern="*-")
+    odd = model.blocks[3].mixer
+    assert (odd.conv == 1).all()
+    if arch == "gpt":                               # what writes to the stream begins smaller, by depth
+        assert float(odd.up.weight.std() / odd.experts.std()) == pytest.approx(2, rel=0.1)
+    groups = train.make_optimizer(model, train.make_config({})).param_groups
+    decayed, others = (group["params"] for group in groups)
+    assert any(p is odd.experts for p in decayed) and any(p is odd.conv for p in others)
+    gemms = 64 * 32 + 64 * 4 + 4 * 64 * 32 // 2     # two of four experts for a token
+    assert flops_per_token(model) - flops_per_token(plain) == 2 * 6 * (gemms + 64 * 3)
+    assert re.search(r"^blocks.3.mixer.experts +64 +32 +8,192$", describe(model.config), re.M)
+    assert "conv" not in describe(model.config)
+    nvfp4.convert(model, nvfp4.RECIPES["ngpt"], report=lambda line: None)
+    before = odd.conv.clone()
+    train_steps(model, 2)
+    assert (odd.conv != before).all()
+    norms = [weight.detach().norm(dim=1) for weight in (odd.experts, odd.up.weight, odd.router.weight)]
+    assert all((float((norm - 1).abs().max()) < 1e-5) == (arch == "ngpt") for norm in norms)
+
+
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_weights_are_drawn_in_the_order_that_old_runs_began_with(activation):
+    """All matrices in their order, then once more, smaller, what writes to the stream: bit for bit."""
+    model = make("gpt", activation=activation)
+    expected, std = make("gpt", activation=activation), 0.02
+    torch.manual_seed(1)
+    model.init_weights()
+    torch.manual_seed(1)
+    for m in expected.modules():
+        if isinstance(m, (torch.nn.Linear, torch.nn.Embedding)):
+            torch.nn.init.normal_(m.weight, std=std)
+    for block in expected.blocks:
+        writer = block.mixer.out if hasattr(block.mixer, "out") else block.mixer.fc2
+        torch.nn.init.normal_(writer.weight, std=std / math.sqrt(4))
+    for (name, a), b in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_registry_is_the_alphabet(monkeypatch):
+    for arch, model_class in (("gpt", GPT), ("ngpt", NGPT)):
+        monkeypatch.setattr(model_class, "mixers", {"a": Odd, "b": Odd})
+        with pytest.raises(ValueError, match=r"^pattern=ac must consist of a \(Odd\) and b \(Odd\)$"):
+            make(arch, pattern="ac")
+        assert len(make(arch, pattern="ab").blocks) == 2
 
 
 # ---------------------------------------------------------------- loss, counting, sampling, errors
@@ -321,3 +410,34 @@ def test_sizes_that_do_not_fit_are_one_line(changes, word):
 def test_too_long_an_input_is_one_line():
     with pytest.raises(ValueError, match="block_size=32"):
         make()(tokens(T=33))
+
+
+# ---------------------------------------------------------------- the command
+
+def test_a_model_is_described_from_a_config_file_and_flags(tmp_path, capsys):
+    (tmp_path / "a.py").write_text("batch_size = 3\nn_layer = 3\nvocab_size = 80\n")
+    model_file.main([str(tmp_path / "a.py"), "--n_embd=64"])
+    assert capsys.readouterr().out == describe(ModelConfig(n_layer=3, vocab_size=80, n_embd=64)) + "\n"
+    model_file.main(["-h"])
+    assert "\n  --pattern  " in capsys.readouterr().out
+    for argv, says in ((["--batch_size=3"], "command line: no field is called batch_size; did you mean b"),
+                       (["configs/gpt_tin.py"], "no such config file; did you mean configs/gpt_tiny.py?"),
+                       (["--vocab_size=9", "--pattern=x"], "pattern=x must consist of"),
+                       ([str(tmp_path)], "ckpt.pt: no checkpoint there")):
+        with pytest.raises(SystemExit) as stopped:
+            model_file.main(argv)
+        assert stopped.value.code.startswith("model.py: ") and says in stopped.value.code
+
+
+def test_a_run_is_sampled_without_the_training_code(tmp_path):
+    """From what is in its folder and in its dataset's, from another folder, in a process of its own."""
+    prepare(["abcd" * 999], ["abcd" * 999], tmp_path / "data", "a test", tokenizer="bytes")
+    train.main([f"--out_dir={tmp_path / 'run'}", f"--dataset={tmp_path / 'data'}", "--n_layer=1",
+                "--n_embd=32", "--n_head=2", "--block_size=32", "--max_steps=1", "--eval_iters=1",
+                "--sample_tokens=0", "--device=cpu", "--compile=False"])
+    command = [sys.executable, "-X", "importtime", REPO / "model.py", tmp_path / "run", "ab", "cd"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("ab cd") and len(done.stdout) > 100
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not {"train", "nvfp4", "analyze"} & imported
+    assert {"torch", "configs.config", "data.tokens"} <= imported               # control

@@ -3,7 +3,7 @@
 Every group has a negative control: the same check fails on something broken. All run the eager definition,
 which needs no compiler; the last group holds the compiled code to it.
 """
-import json
+import re
 import shutil
 import sys
 import warnings
@@ -22,10 +22,12 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 import nvfp4  # noqa: E402
 import oracle  # noqa: E402
-from nvfp4 import (BLOCK, E2M1_VALUES, GEMMS, OPERANDS, RECIPES, SIGNS, FP4Config, FP4Linear,  # noqa: E402
-                   NVFP4Tensor, convert, e2m1, fake_quantize, hadamard, matmul, quantize, rotation)
+from nvfp4 import (E2M1_VALUES, FORMATS, GEMMS, OPERANDS, RECIPES, SIGNS, FP4Config, FP4Linear,  # noqa: E402
+                   Quantized, choices, convert, e2m1, hadamard, matmul, quantize, quantize_both,
+                   rotation_signs, tensors_of)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BLOCK = FORMATS["nvfp4"].block
 SEED = 0x1234_5678_9ABC_DEF0                        # both 32-bit words in use
 KINDS = ("gaussian", "cauchy", "outlier", "tiny", "subnormal", "outlier, tiny", "zero blocks", "zero", "ties")
 THREADS, CAN_COMPILE = torch.get_num_threads(), nvfp4.can_compile
@@ -83,7 +85,7 @@ def broken(q):
     """What a check must not take for q: transposed nibbles, swapped scales, a tensor scale off by 1 %."""
     scales = q.scales.view(torch.uint8).flip(1).view(torch.float8_e4m3fn)
     codes = q.codes >> 4 | q.codes << 4
-    return replace(q, codes=codes), replace(q, scales=scales), replace(q, s_dec=1.01 * q.s_dec)
+    return q._replace(codes=codes), q._replace(scales=scales), q._replace(s_dec=1.01 * q.s_dec)
 
 
 # ---------------------------------------------------------------- E2M1
@@ -94,11 +96,12 @@ def test_all_sixteen_codes():
     assert value.tolist() == list(E2M1_VALUES) == oracle.E2M1.tolist() and code.tolist() == list(range(8))
     codes = torch.tensor([[c | c + 1 << 4 for c in range(0, 16, 2)]] * 127, dtype=torch.uint8)
     scales = torch.arange(127, dtype=torch.uint8)[:, None].view(torch.float8_e4m3fn)
-    q = NVFP4Tensor(codes, scales, torch.tensor(2688.0))             # amax = 448 * 6, hence s_dec = 1
+    _, s_dec = nvfp4.tensor_scales(torch.tensor(2688.0), nvfp4.E4M3_MAX)                     # amax = 448 * 6
+    q = Quantized(codes, scales, s_dec)
     exact = np.concatenate([oracle.E2M1, -oracle.E2M1])[None, :] * oracle.E4M3[:, None]
-    assert q.values().dtype == BF16 and np.array_equal(q.values().double().numpy(), exact)
+    assert q.decode().dtype == BF16 and np.array_equal(q.decode().double().numpy(), exact)
     assert float(q.s_dec) == 1 and np.array_equal(q.dequantize().double().numpy(), exact)
-    assert not np.array_equal(broken(q)[0].values().double().numpy(), exact)
+    assert not np.array_equal(broken(q)[0].decode().double().numpy(), exact)
 
 
 def test_every_bf16_value_in_8_rounds_to_nearest_even():
@@ -133,12 +136,12 @@ def test_round_up_count_over_all_bytes(interval):
 # ---------------------------------------------------------------- quantize against the oracle
 
 def agrees(q, o):
-    """codes (outside NaN blocks), scales, s_dec and values of an NVFP4Tensor equal the oracle's."""
+    """codes (outside NaN blocks), scales, s_dec and values of a Quantized equal the oracle's."""
     valid = oracle.expand(o.scales != oracle.NAN_BYTE, o.block)
     return (np.array_equal(q.scales.view(torch.uint8).numpy(), o.scales)
             and np.array_equal(oracle.unpack(q.codes.numpy())[valid], oracle.unpack(o.codes)[valid])
             and np.array_equal(q.s_dec.numpy(), o.s_dec, equal_nan=True)
-            and np.array_equal(q.values().float().numpy(), oracle.dequantize(o, False), equal_nan=True)
+            and np.array_equal(q.decode().float().numpy(), oracle.dequantize(o, False), equal_nan=True)
             and np.array_equal(q.dequantize().numpy(), oracle.dequantize(o), equal_nan=True))
 
 
@@ -152,9 +155,9 @@ def test_oracle_agrees_bit_for_bit(kind, dtype):
         x = sample(kind, shape, dtype, seed=n)
         target = 6 * 16 / 17 if unbiased else 6
         o = oracle.quantize(x.float().numpy(), block, stochastic, SEED + n, amax, target)
-        q = quantize(x, block, stochastic, SEED + n, amax, unbiased)
+        q = quantize(x, square=block == (16, 16), stochastic=stochastic, seed=SEED + n, amax=amax,
+                     unbiased=unbiased)
         assert agrees(q, o), (block, shape, stochastic, unbiased, amax)
-        assert amax is None or nvfp4.count_saturated(x, amax, block) == o.saturated
 
 
 def test_oracle_disagrees_with_anything_else():
@@ -163,25 +166,23 @@ def test_oracle_disagrees_with_anything_else():
     given = {"x": x, "stochastic": True, "seed": SEED}
     assert agrees(quantize(**given), o) and not any(agrees(q, o) for q in broken(quantize(**given)))
     for change in ({"seed": SEED + 1}, {"seed": SEED & nvfp4.MASK32}, {"unbiased": True}, {"amax": 1.0},
-                   {"stochastic": False}, {"block": (16, 16)}, {"x": x.bfloat16()}):
+                   {"stochastic": False}, {"square": True}, {"x": x.bfloat16()}):
         assert not agrees(quantize(**(given | change)), o), change
-    counts = [nvfp4.count_saturated(x, amax) for amax in (0.0, 2.0, 3.0, 9.0)]
-    assert 32 * 4 == counts[0] > counts[1] > counts[2] > counts[3] == 0
 
 
 @pytest.mark.parametrize("stochastic", (False, True))
-@pytest.mark.parametrize("block", ((1, 16), (16, 16)))
+@pytest.mark.parametrize("square", (False, True))
 @pytest.mark.parametrize("bad", (float("nan"), float("inf"), float("-inf")))
-def test_not_finite_becomes_nan(bad, block, stochastic):
+def test_not_finite_becomes_nan(bad, square, stochastic):
     """The whole tensor where its maximum is measured; the block alone where the tensor scale is fixed."""
-    x = gaussian(32, 64)
-    clean = quantize(x, block, stochastic, amax=1.0)
+    x, block = gaussian(32, 64), (16 if square else 1, 16)
+    clean = quantize(x, square=square, stochastic=stochastic, amax=1.0)
     x[17, 20] = bad
-    q = quantize(x, block, stochastic)
+    q = quantize(x, square=square, stochastic=stochastic)
     assert agrees(q, oracle.quantize(x.numpy(), block, stochastic)) and q.dequantize().isnan().all()
-    q = quantize(x, block, stochastic, amax=1.0)
+    q = quantize(x, square=square, stochastic=stochastic, amax=1.0)
     nan = torch.zeros(32, 64, dtype=torch.bool)
-    nan[16 if block[0] == 16 else 17:32 if block[0] == 16 else 18, 16:32] = True
+    nan[16 if square else 17:32 if square else 18, 16:32] = True
     assert agrees(q, oracle.quantize(x.numpy(), block, stochastic, amax=1.0))
     assert torch.equal(q.dequantize().isnan(), nan) and not clean.dequantize().isnan().any()
     assert torch.equal(q.dequantize()[~nan], clean.dequantize()[~nan])
@@ -197,16 +198,16 @@ def test_minus_zero_is_worth_zero(amax):
     assert torch.equal(q.dequantize(), torch.zeros(16, 32)) and (float(q.s_dec) == 1) is (amax is None)
 
 
-MSE = {(False, False, 1): 9.04e-3, (False, False, 16): 12.39e-3,   # (stochastic, unbiased, rows of a block)
-       (True, False, 1): 18.84e-3, (True, True, 1): 23.50e-3}
+MSE = {(False, False, False): 9.04e-3, (False, False, True): 12.39e-3,          # stochastic, unbiased, square
+       (True, False, False): 18.84e-3, (True, True, False): 23.50e-3}
 
 
 @cache
-def gaussian_values(stochastic, unbiased, rows):
+def gaussian_values(stochastic, unbiased, square):
     """x (2048, 4096), what it becomes, and the largest |x| / (scale * s_dec)."""
     x = gaussian(2048, 4096)
-    q = quantize(x, (rows, 16), stochastic, SEED, None, unbiased)
-    scale = (q.scales.float() * q.s_dec).repeat_interleave(rows, 0)
+    q = quantize(x, square=square, stochastic=stochastic, seed=SEED, unbiased=unbiased)
+    scale = (q.scales.float() * q.s_dec).repeat_interleave(BLOCK if square else 1, 0)
     return x, q.dequantize(), float((x.unflatten(1, (-1, BLOCK)).abs().amax(2) / scale).max())
 
 
@@ -236,7 +237,8 @@ def test_philox_known_answers():
 
 def noise(place, n=4096):
     """The bytes (n, 16) of n blocks of a stream; place: seed, step, micro_batch, layer, operand."""
-    return nvfp4.random_bytes(torch.tensor(nvfp4.stream_key(*place)), (n // 64, 64), 2).view(n, BLOCK)
+    where = torch.empty(n // 64, 64 * BLOCK)
+    return nvfp4.random_bytes(torch.tensor(nvfp4.stream_key(*place)), where).view(n, BLOCK)
 
 
 def sigmas(a, b):
@@ -279,11 +281,11 @@ def test_stochastic_rounding_is_unbiased():
 
 def test_unbiased_target_removes_saturation():
     """PAPERS 4.3: the standard target saturates, a slope of 0.9967; with 6 * 16/17 nothing does."""
-    x, standard, standard_max = gaussian_values(True, False, 1)
-    _, unbiased, unbiased_max = gaussian_values(True, True, 1)
+    x, standard, standard_max = gaussian_values(True, False, False)
+    _, unbiased, unbiased_max = gaussian_values(True, True, False)
     assert unbiased_max <= 6 * (1 + 2**-21) and 6.3 < standard_max <= 6 * 17 / 16 * (1 + 2**-21)
     slope, lower = (float((values * x).sum() / x.square().sum()) for values in (unbiased, standard))
-    sigma = (MSE[True, True, 1] / x.numel()) ** 0.5                           # of a slope
+    sigma = (MSE[True, True, False] / x.numel()) ** 0.5                       # of a slope
     assert abs((slope - lower) - (1 - 0.9967)) < 4 * 2**0.5 * sigma + 5e-5    # 5e-5: the digits of 0.9967
     # floor(256 f) drops 1/512 step on average, and beyond 2, where the squares are, a step is at most x / 2
     assert 1 - 1 / 512 < slope < 1 + 4 * sigma and lower < 1 - 1 / 512 - 4 * sigma
@@ -320,26 +322,35 @@ def test_hadamard(dtype, signs):
     assert not ((turned @ hadamard(b, SIGNS[::-1]).double().T - exact).abs() <= bound).all()
 
 
-# ---------------------------------------------------------------- fake_quantize is quantize
+# ---------------------------------------------------------------- rows and columns, packed and decoded
 
 @pytest.mark.parametrize("dtype", (FP32, BF16, FP16))
-@pytest.mark.parametrize("shape, axis", (((64, 48), 1), ((64, 43), 1), ((48, 64), 0), ((43, 64), 0)))
+@pytest.mark.parametrize("M", (48, 43))
 @pytest.mark.parametrize("kind", ("gaussian", "cauchy", "zero blocks"))
-def test_fake_quantize_is_quantize(kind, shape, axis, dtype):
-    """Of the matrix with its blocks turned into rows, padded with zeros, rotated."""
-    x = sample(kind, (64, 64), dtype)[:shape[0], :shape[1]]
+def test_columns_are_the_rows_of_the_transpose(kind, M, dtype):
+    """quantize_both gives quantize of x and of a contiguous x^T padded with zeros: that x^T lies transposed
+    in memory changes no bit. signs rotate first, and decode decodes what is packed otherwise."""
+    x = sample(kind, (64, 64), dtype)[:M]
+    x_t = F.pad(x.t(), (0, -M % BLOCK)).contiguous()
     key, signs = torch.tensor(nvfp4.stream_key(SEED, 1, 2, 3, 4)), torch.tensor(SIGNS, dtype=FP32)
-    for option in product((None, key), (None, signs), (1.0, None), (1, 16), (False, True)):
-        stochastic, rotated, amax, rows, unbiased = option
-        turned = F.pad(x if axis == 1 else x.t(), (0, -shape[axis] % BLOCK))
-        turned = turned if rotated is None else hadamard(turned, signs)
-        q = quantize(turned, (rows, BLOCK), stochastic is not None, key, amax, unbiased)
-        want = q.values() if axis == 1 else q.values().t()
-        values, s_dec = fake_quantize(x, *option[:3], axis, rows, unbiased, dtype)
-        assert same(values, want.to(dtype)) and same(s_dec, q.s_dec), option
-    last = {"key": key, "signs": signs, "axis": axis, "rows": 16, "unbiased": True, "dtype": dtype}
-    for change in ({}, {"key": key + 1}, {"signs": -signs.flip(0)}, {"rows": 1}, {"unbiased": False}):
-        assert same(fake_quantize(x, **(last | change))[0], values) is (not change), change
+    for options in product((None, dtype), (False, True), (None, signs), (1.0, None), (False, True),
+                           (False, True)):
+        decode, stochastic, rotated, amax, square, unbiased = options
+        how = choices("nvfp4", square, stochastic, key, amax, unbiased, rotated, decode)
+        row_how = how | {"square": square and M % BLOCK == 0}
+        both = quantize_both(x, row_how, how)
+        for got, contiguous, how_here in ((both.rows, x, row_how), (both.columns, x_t, how)):
+            rotate_first = contiguous if rotated is None else hadamard(contiguous, signs)
+            want = quantize(rotate_first, **(how_here | {"signs": None, "decode": None}))
+            if decode is not None:
+                want = want.decode().to(dtype), want.s_dec
+            assert all(map(same, tensors_of(got), want)), options
+    for change in ({}, {"seed": key + 1}, {"signs": -signs.flip(0)}, {"square": False}, {"unbiased": False},
+                   {"stochastic": False}):
+        changed = quantize_both(x, None, how | change).columns
+        assert same(changed.values, both.columns.values) is (not change), change
+    assert torch.equal(quantize_both(x, None, how).rows, x)                     # not asked for: as it is
+    assert torch.equal(quantize_both(x, how | {"square": False}).columns, x.t())
 
 
 # ---------------------------------------------------------------- the GEMM
@@ -350,11 +361,11 @@ def cpu(request, monkeypatch):
     monkeypatch.setattr(nvfp4, "cpu_has_bf16", lambda: request.param)
 
 
-@pytest.mark.parametrize("options", ({}, {"block": (16, 16)}, {"stochastic": True}, {"amax": 4.0}), ids=str)
+@pytest.mark.parametrize("options", ({}, {"square": True}, {"stochastic": True}, {"amax": 4.0}), ids=str)
 def test_matmul_is_exact_products(options, cpu):
     """Within 1e-5 of sum |a||b| of float64; in bf16 one more rounding, 2^-8 of the result."""
     a, b = (quantize(gaussian(n, 512, seed=n), **options) for n in (48, 80))
-    left, right = (q.values().double() * q.s_dec.double() for q in (a, b))
+    left, right = (q.decode().double() * q.s_dec.double() for q in (a, b))
     exact, bound = left @ right.T, 1e-5 * (left.abs() @ right.abs().T)
 
     def close(y, rounding=0.0):
@@ -369,13 +380,13 @@ def test_matmul_of_codes_is_exact(cpu):
     """With scales of 1 all sums are multiples of 1/4 below 2^22: fp32 holds them in any order of addition."""
     codes = noise((SEED, 0, 0, 0, 0), 2048).view(128, 256)
     ones = torch.ones(64, 32).to(torch.float8_e4m3fn)
-    a, b = (NVFP4Tensor(c, ones, torch.tensor(2688.0)) for c in codes.split(64))
+    a, b = (Quantized(c, ones, torch.tensor(1.0)) for c in codes.split(64))
     exact = a.dequantize().double() @ b.dequantize().double().T
     assert torch.equal(matmul(a, b).double(), exact)
-    assert not torch.equal(matmul(a, replace(b, s_dec=b.s_dec * (1 + 2**-20))).double(), exact)
+    assert not torch.equal(matmul(a, b._replace(s_dec=b.s_dec * (1 + 2**-20))).double(), exact)
 
 
-@pytest.mark.parametrize("options", ({}, {"block": (16, 16)}, {"stochastic": True}), ids=str)
+@pytest.mark.parametrize("options", ({}, {"square": True}, {"stochastic": True}), ids=str)
 @pytest.mark.parametrize("K", (256, 512, 1024, 2048, 4096))
 def test_fixed_amax_loses_nothing_on_unit_rows(K, options):
     """2605.06067: rows of norm 1 need no search for amax; a constant 1e5 times too large costs decibels."""
@@ -390,7 +401,7 @@ def test_fixed_amax_loses_nothing_on_unit_rows(K, options):
 
 CONFIGS = {
     "ngpt": RECIPES["ngpt"], "nvfp4": RECIPES["nvfp4"], "only fprop": FP4Config(gemms=("fprop",)),
-    "only backward": FP4Config(gemms=("dgrad", "wgrad")), "weights 1x16": FP4Config(weight_block="1x16"),
+    "only backward": FP4Config(gemms=("dgrad", "wgrad")), "weights 1x16": FP4Config(square_weights=False),
     "rotated": FP4Config(hadamard=GEMMS), "rotated, no signs": FP4Config(hadamard=GEMMS, signs="none"),
     "rotated, fresh signs": FP4Config(hadamard=GEMMS, signs="fresh"), "unbiased": FP4Config(unbiased=True),
     "all stochastic": FP4Config(stochastic=OPERANDS), "only fprop.w": FP4Config(stochastic=("fprop.w",)),
@@ -424,18 +435,18 @@ def run(layer, x, dy, autocast=False):
 def by_definition(layer, x, dy, autocast=False):
     """y, dx, dw written out: pad the tokens, rotate, quantize rows along the summed axis, multiply."""
     cfg, w, M, dtype = layer.cfg, layer.weight.detach(), len(x), BF16 if autocast else FP32
-    x, dy = (F.pad(t.to(dtype), (0, 0, 0, -M % BLOCK)) for t in (x, dy))
+    x, dy = (F.pad(t.to(dtype), (0, 0, 0, -M % FORMATS[cfg.format].block)) for t in (x, dy))
 
     def operand(name, t):
         gemm_name, kind = name.split(".")
         signs = {"fixed": oracle.SIGNS, "none": NONE,
-                 "fresh": rotation(cfg, gemm_name, layer.keys)}[cfg.signs]
+                 "fresh": rotation_signs(cfg.signs, gemm_name, layer.keys)}[cfg.signs]
         stochastic = name in cfg.stochastic
-        return quantize(hadamard(t, signs) if gemm_name in cfg.hadamard else t,
-                        (16, 16) if kind == "w" and cfg.weight_block == "16x16" else (1, 16), stochastic,
-                        oracle.stream_key(*PLACE, layer.index, OPERANDS.index(name)),
-                        {"x": cfg.input_amax, "w": cfg.weight_amax, "dy": cfg.grad_amax}[kind],
-                        stochastic and cfg.unbiased)
+        return quantize(hadamard(t, signs) if gemm_name in cfg.hadamard else t, cfg.format,
+                        square=kind == "w" and cfg.square_weights, stochastic=stochastic,
+                        seed=oracle.stream_key(*PLACE, layer.index, OPERANDS.index(name)),
+                        amax={"x": cfg.input_amax, "w": cfg.weight_amax, "dy": cfg.grad_amax}[kind],
+                        unbiased=stochastic and cfg.unbiased)
 
     y, dx, dw = F.linear(x, w.to(dtype)), dy @ w.to(dtype), (dy.t() @ x).float()
     if "fprop" in cfg.gemms:
@@ -472,7 +483,7 @@ def test_layer_is_its_definition(name, shape, autocast):
     ({"gemms": ("fprop",)}, (0, 1, 1)), ({"gemms": ("dgrad", "wgrad")}, (1, 0, 0)),
     ({"hadamard": ("fprop",)}, (1, 0, 0)), ({"hadamard": ("dgrad",)}, (0, 1, 0)),
     ({"hadamard": ("wgrad",)}, (0, 0, 1)), ({"stochastic": ()}, (0, 1, 1)), ({"unbiased": True}, (0, 1, 1)),
-    ({"stochastic": ("dgrad.dy", "wgrad.dy", "fprop.x")}, (1, 0, 0)), ({"weight_block": "1x16"}, (1, 1, 0)),
+    ({"stochastic": ("dgrad.dy", "wgrad.dy", "fprop.x")}, (1, 0, 0)), ({"square_weights": False}, (1, 1, 0)),
     ({"input_amax": 1.0}, (1, 0, 1)), ({"weight_amax": 1.0}, (1, 1, 0)), ({"grad_amax": 4.0}, (0, 1, 1))))
 def test_each_knob_turns_its_own_gemms(change, differs):
     """Negative control of the definition: with one field changed, that field's GEMMs differ and no others."""
@@ -504,23 +515,23 @@ def test_recipe_off_is_f_linear(autocast):
 
 
 @pytest.mark.parametrize("fused", (False, True))    # a fused optimizer leaves the version counter as it was
-@pytest.mark.parametrize("weight_block, n_weights", (("16x16", 1), ("1x16", 2)))
-def test_weights_are_quantized_once_per_update(weight_block, n_weights, fused, monkeypatch):
-    casts, original, outputs = [], nvfp4._cast_torch, []
+@pytest.mark.parametrize("square, n_weights", ((True, 1), (False, 2)))
+def test_weights_are_quantized_once_per_update(square, n_weights, fused, monkeypatch):
+    quantized, original, outputs = [], nvfp4.quantize, []
 
-    def counting(x, *args):
-        casts.append(tuple(x.shape))
-        return original(x, *args)
-    monkeypatch.setattr(nvfp4, "_cast_torch", counting)
-    layer, (x, dy) = make_layer(FP4Config(weight_block=weight_block)), batch(32)
-    casts.clear()
+    def counting(x, **options):
+        quantized.append(set(x.shape))
+        return original(x, **options)
+    monkeypatch.setattr(nvfp4, "quantize", counting)
+    layer, (x, dy) = make_layer(FP4Config(square_weights=square)), batch(32)
+    quantized.clear()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
     for step in range(3):
         for micro_batch in range(3):
             nvfp4.set_step(layer, SEED, step, micro_batch)
             outputs.append(run(layer, x, dy)[0])
-        assert casts.count((96, 64)) == n_weights * (step + 1)                  # w; x is 32 x 64, dy 32 x 96
-        assert len(casts) == (n_weights + 3 * 4) * (step + 1)
+        assert quantized.count({96, 64}) == n_weights * (step + 1)              # w; x is 32 x 64, dy 32 x 96
+        assert len(quantized) == (n_weights + 3 * 4) * (step + 1)
         optimizer.step()
     assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[2], outputs[3])
     with torch.no_grad():
@@ -547,16 +558,16 @@ def test_set_step_gives_each_operand_its_key():
     assert all(same(a, b) for a, b in zip(run(model[1], *batch_), results[PLACE, 3], strict=True))
 
 
-@pytest.mark.parametrize("weight_block", ("16x16", "1x16"))
-def test_fresh_signs_rotate_both_operands_alike(weight_block):
+@pytest.mark.parametrize("square", (True, False))
+def test_fresh_signs_rotate_both_operands_alike(square):
     """In every micro-batch: the quantized weight is older than it, and its rotation must fit still."""
-    layer = make_layer(FP4Config(hadamard=GEMMS, signs="fresh", weight_block=weight_block))
+    layer = make_layer(FP4Config(hadamard=GEMMS, signs="fresh", square_weights=square))
     (x, dy), signs = batch(64), []
     for micro_batch in range(3):
         nvfp4.set_step(layer, SEED, 7, micro_batch)
         errors = relative_errors(run(layer, x, dy), x, dy)
         assert max(errors) < 0.25, f"micro-batch {micro_batch}: y, dx, dw off by {errors}"
-        signs.append(rotation(layer.cfg, "wgrad", layer.keys))
+        signs.append(rotation_signs(layer.cfg.signs, "wgrad", layer.keys))
         assert signs[-1].abs().tolist() == [1] * BLOCK
     exact = x @ layer.weight.detach().t()
     unlike = hadamard(x, signs[0]) @ hadamard(layer.weight.detach(), signs[1]).t()
@@ -593,6 +604,20 @@ def test_high_precision_can_be_entered_twice():
     assert layer.fp4
 
 
+@pytest.mark.parametrize("name", ("nvfp4", "only fprop", "only backward"))
+def test_a_frozen_side_leaves_the_other_its_gradient(name):
+    layer, (x, dy) = make_layer(CONFIGS[name]), batch(37)
+    _, dx, dw = run(layer, x, dy)
+    layer.weight.grad = None
+    layer(x).backward(dy)                           # x wants no gradient
+    assert same(layer.weight.grad, dw)
+    layer.weight.requires_grad_(False)
+    layer.weight.grad = None
+    x.requires_grad_()
+    layer(x).backward(dy)
+    assert same(x.grad, dx) and layer.weight.grad is None
+
+
 def test_no_tokens_give_no_rows():
     """As nn.Linear: an expert to which no token was sent."""
     x = torch.empty(0, 64, requires_grad=True)
@@ -627,19 +652,19 @@ def test_convert(change, converted, kept):
     assert list(model.state_dict()) == state and len(parameters) == len(state)
     assert all(p is parameters[name] for name, p in model.named_parameters())
     assert len({m.index for m in nvfp4.fp4_layers(model)}) == len(names)
-    assert lines == [f"converted {len(names)}/11 linears to NVFP4 ({','.join(cfg.gemms)}){kept}"]
+    assert lines == [f"converted {len(names)}/11 linears to nvfp4 ({','.join(cfg.gemms)}){kept}"]
 
 
 @pytest.mark.parametrize("words, mistake", (
     ("K=100", lambda: quantize(torch.ones(16, 100))), ("K=0", lambda: quantize(torch.ones(16, 0))),
-    ("M=17", lambda: quantize(torch.ones(17, 32), (16, 16))), ("(16,)", lambda: quantize(torch.ones(16))),
-    ("block=(2, 16)", lambda: quantize(torch.ones(2, 16), (2, 16))),
+    ("M=17", lambda: quantize(torch.ones(17, 32), square=True)), ("(16,)", lambda: quantize(torch.ones(16))),
+    ("K=43", lambda: quantize_both(torch.ones(43, 43), choices(), choices())),
     ("int64", lambda: quantize(torch.ones(16, 16).long())),
     ("K=100", lambda: FP4Linear(torch.nn.Linear(100, 32), FP4Config())),
     ("N=50", lambda: convert(torch.nn.Sequential(torch.nn.Linear(32, 50)), FP4Config())),
     *((f"fp4_{name}=", lambda name=name, value=value: FP4Config(**{name: value})) for name, value in (
         ("gemms", ("fprob",)), ("stochastic", ("x",)), ("hadamard", ("all",)), ("signs", "some"),
-        ("weight_block", "32"), ("tail", 1.5), ("head_blocks", -1), ("input_amax", 0), ("weight_amax", -1),
+        ("format", "int4"), ("tail", 1.5), ("head_blocks", -1), ("input_amax", 0), ("weight_amax", -1),
         ("grad_amax", float("nan"))))))
 def test_mistakes_get_one_line(words, mistake):
     with pytest.raises(ValueError) as error:
@@ -659,9 +684,9 @@ def test_walk_shows_what_quantize_does(capsys):
     assert len(rows) == len(numbers) and sum(line.startswith("block") for line in said) == 2
     for i, row in enumerate(rows):
         code = int(q.codes[0, i // 2] >> 4 * (i % 2)) & 15
-        assert int(row[2]) == code == int("".join(row[3:6]), 2) and float(row[0]) == numbers[i]
-        assert float(row[6]) == E2M1_VALUES[code & 7] * (-1 if code & 8 else 1)
-        assert float(row[7]) == pytest.approx(float(q.dequantize()[0, i]), rel=1e-6)    # 7 digits are printed
+        assert int("".join(row[2:5]), 2) == code and float(row[0]) == numbers[i]
+        assert float(row[5]) == E2M1_VALUES[code & 7] * (-1 if code & 8 else 1)
+        assert float(row[6]) == pytest.approx(float(q.dequantize()[0, i]), rel=1e-6)    # 7 digits are printed
     nvfp4.main(["0.1", "-2.5", "0.7"])              # 0.24 and 1.68 in units of the scale
     odds = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[4:7]]
     assert odds == ["0, or 0.5 in 122 of 256", "4, or 6 in 255 of 256", "1.5, or 2 in 92 of 256"]
@@ -671,24 +696,85 @@ def test_walk_shows_what_quantize_does(capsys):
         assert "\n" not in stopped.value.code and wrong[-1] in stopped.value.code
 
 
-def test_benchmark_compares_like_with_like(monkeypatch, capsys):
-    """Its rows with times made up, all 2 ms: rates, percent and ratios follow from the amounts alone."""
-    monkeypatch.setattr(nvfp4, "_median_ms", lambda functions, device, repeat=15: [2.0] * len(functions))
-    rows = nvfp4.benchmark(torch.device("cpu"), nvfp4.print_row)
-    assert len(capsys.readouterr().out.splitlines()) == len(rows)
-    by = {row["what"]: row for row in rows}
-    size = "4096 x 4096 float32: "
-    assert by[size + "copy into place"]["rate"] == pytest.approx(2 * 4 * 4096**2 / 2e-3 / 1e9)
-    assert by[size + "quantize, fixed amax"]["percent"] == pytest.approx(100 * (4 + 0.5625) / 8)
-    assert by[size + "quantize"]["percent"] == pytest.approx(100 * (2 * 4 + 0.5625) / 8)
-    assert by[size + "quantize"]["ratio"] == 1 and by[size + "quantize"]["ratio_to"] == size + "x.clone()"
-    product = by["matmul 2048 x 2048 x 2048: bf16"]
-    assert product["rate"] == pytest.approx(2 * 2048**3 / 2e-3 / 1e12)
-    linear = by["Linear(2048, 2048), 2048 tokens, forward + backward: nvfp4"]
-    assert linear["percent"] == pytest.approx(300) and linear["ratio_to"].endswith("float32")
-    kept = [row["rate"] for row in rows if row["unit"] == "bytes a value"]
-    assert kept[0] == 2 and all(k < 2 / 3 for k in kept[1:])
-    json.dumps(rows)
+def test_the_four_numbers_of_the_lesson():
+    """Every number of the walk on nvfp4.py's first page is what quantize() makes of its first row."""
+    page = nvfp4.__doc__
+    rows = re.findall(r"^ {4}(x|x / .*\)|code|value) {2,}((?:-?[\d.]+ +){3}-?[\d.]+)", page, re.M)
+    x = torch.tensor([float(number) for number in dict(rows)["x"].split()])
+    q, amax = quantize(F.pad(x, (0, 12))[None]), x.abs().max()
+    s_enc, s_dec = nvfp4.tensor_scales(amax, nvfp4.E4M3_MAX)
+    scale = q.scales.float()[0, 0]
+    codes = np.concatenate([oracle.E2M1, -oracle.E2M1])[oracle.unpack(q.codes.numpy())[0, :4]]
+    found = [("x", x), ("x / (scale * s_dec)", x / (scale * s_dec)), ("code", codes),
+             ("value", q.dequantize()[0, :4])]
+    assert [(name, numbers.split()) for name, numbers in rows] == [
+        (name, [f"{float(number):g}" for number in numbers]) for name, numbers in found]
+    scales = re.search(r"^ {4}s_enc = .*$", page, re.M).group()
+    assert re.findall(r"(?<!\w)\d+(?:\.\d+)?", scales) == [f"{float(number):g}" for number in (
+        nvfp4.E4M3_MAX, 6, amax, s_enc, amax, s_enc, 6, amax * s_enc / 6, scale, scale * s_dec)]
+
+
+# ---------------------------------------------------------------- a format is data
+
+def scratch_format(monkeypatch, name, **fields):
+    """NVFP4 with some fields changed, in the table of formats for the length of a test."""
+    monkeypatch.setitem(FORMATS, name, replace(FORMATS["nvfp4"], name=name, kernels=False, **fields))
+    return name
+
+
+@pytest.mark.parametrize("M", (64, 37))
+def test_block_size_is_the_format_s(M, monkeypatch):
+    """In blocks of 32 a layer is its definition, and sizes must be multiples of 32."""
+    name = scratch_format(monkeypatch, "wide", block=32)
+    half = gaussian(48, 3, 16)                      # either half of a block of 32 holds the same magnitudes
+    x = torch.cat([half, -half.flip(2)], 2).flatten(1)
+    wide, usual = quantize(x, name), quantize(x)
+    assert FORMATS[name].bits == 4.25 and wide.scales.shape == (48, 3)
+    assert torch.equal(wide.scales.float().repeat_interleave(2, 1), usual.scales.float())
+    assert torch.equal(wide.codes, usual.codes)
+    (x, dy), usual = batch(M), run(make_layer(FP4Config()), *batch(M))
+    for cfg in (FP4Config(format=name), FP4Config(format=name, hadamard=GEMMS, square_weights=False)):
+        layer = make_layer(cfg)
+        got, want = run(layer, x, dy), by_definition(layer, x, dy)
+        assert all(same(g, w) for g, w in zip(got, want, strict=True))
+        assert not any(same(g, u) for g, u in zip(got, usual, strict=True))
+    for size, shape in (("K=48", (48, 64)), ("N=48", (64, 48))):
+        FP4Linear(torch.nn.Linear(*shape), FP4Config())
+        with pytest.raises(ValueError) as error:
+            FP4Linear(torch.nn.Linear(*shape), FP4Config(format=name))
+        said = str(error.value)
+        assert size in said and "32" in said and name in said and "\n" not in said
+
+
+def test_fixed_scales_are_the_format_s(monkeypatch):
+    """Largest block scale 256 and every amax fixed: the products' factors, known beforehand, are its own."""
+    fixed = {"input_amax": 1.0, "weight_amax": 1.0, "grad_amax": 4.0}
+    name = scratch_format(monkeypatch, "low", top=256.0)
+    layer = make_layer(FP4Config(format=name, **fixed))
+    x, dy = batch(64)
+    got, want = run(layer, x, dy), by_definition(layer, x, dy)
+    assert all(same(g, w) for g, w in zip(got, want, strict=True))
+    assert max(relative_errors(got, x, dy)) < 0.25
+    q, usual = (quantize(x, format, amax=1.0, decode=FP32) for format in (name, "nvfp4"))
+    assert q.s_dec_known == float(q.s_dec) == pytest.approx(448 / 256 * usual.s_dec_known)
+
+
+def test_one_place_decides_whether_kernels_run(monkeypatch):
+    """A format without kernels is quantized by its definition, on a device that has kernels too."""
+    def kernels(x, rows, columns):
+        raise NotImplementedError("kernels")
+    monkeypatch.setattr(nvfp4, "has_kernels", lambda device: True)
+    monkeypatch.setattr(nvfp4, "quantize_both_triton", kernels)
+    x, name, cpu = gaussian(48, 64), scratch_format(monkeypatch, "wide", block=32), torch.device("cpu")
+    assert nvfp4.kernels_run(cpu, "nvfp4") and not nvfp4.kernels_run(cpu, name)
+    how = choices(name, decode=BF16)
+    want = quantize_both.definition(x, how, how)
+    both = quantize_both(x, how, how)
+    for got, q in ((quantize(x, **how), want.rows), (both.rows, want.rows), (both.columns, want.columns)):
+        assert all(map(same, tensors_of(got), tensors_of(q)))
+    for reaches in (lambda: quantize(x), lambda: quantize_both(x, None, choices())):
+        with pytest.raises(NotImplementedError):
+            reaches()
 
 
 # ---------------------------------------------------------------- the compiled code is the definition
@@ -696,15 +782,16 @@ def test_benchmark_compares_like_with_like(monkeypatch, capsys):
 FIXED, KEY = torch.tensor(SIGNS, dtype=FP32), torch.tensor(nvfp4.stream_key(SEED, 1, 2, 3, 4))
 
 
-@pytest.mark.parametrize("dtype, options, other", (
-    (FP32, {}, {"block": (16, 16)}), (FP32, {"rows": 16}, {"rows": 1}),
-    (BF16, {"block": (16, 16), "stochastic": True, "seed": KEY}, {"seed": KEY + 1}),
-    (BF16, {"axis": 1, "key": KEY, "unbiased": True}, {"unbiased": False}),
-    (FP32, {"axis": 0, "signs": FIXED, "dtype": FP32}, {"signs": FIXED.flip(0)}),
-    (BF16, {"axis": 0, "key": KEY, "signs": FIXED, "dtype": FP32}, {"key": KEY + 1})),
+@pytest.mark.parametrize("dtype, turned, options, other", (
+    (FP32, False, {}, {"square": True}), (FP32, False, {"square": True, "decode": BF16}, {"square": False}),
+    (BF16, False, {"square": True, "stochastic": True, "seed": KEY}, {"seed": KEY + 1}),
+    (BF16, False, {"stochastic": True, "seed": KEY, "unbiased": True, "decode": BF16}, {"unbiased": False}),
+    (FP32, True, {"signs": FIXED}, {"signs": FIXED.flip(0)}),
+    (BF16, True, {"stochastic": True, "seed": KEY, "signs": FIXED, "decode": FP32}, {"seed": KEY + 1})),
     ids=("codes", "weight", "codes, 16x16, stochastic", "dgrad.dy", "wgrad.x, rotated", "wgrad.dy, rotated"))
-def test_compiled_is_eager(dtype, options, other, monkeypatch):
-    """Bit for bit on every kind of input. Few cases: they take half a minute to compile."""
+def test_compiled_is_eager(dtype, turned, options, other, monkeypatch):
+    """Bit for bit on every kind of input; turned: x^T as it lies in memory is a contiguous x^T. Few cases:
+    they take half a minute to compile."""
     if not CAN_COMPILE("cpu"):
         assert not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))), "a compiler, yet nothing compiles"
         pytest.skip("no C++ compiler here: nothing is fused, the eager definition runs")
@@ -712,10 +799,8 @@ def test_compiled_is_eager(dtype, options, other, monkeypatch):
 
     def results(x, options, compiled):
         monkeypatch.setattr(nvfp4, "can_compile", lambda kind: compiled)
-        if "axis" in options or "rows" in options:
-            return fake_quantize(x, **options)
-        q = quantize(x, **options)
-        return q.codes, q.scales, q.s_dec
+        q = quantize((x.t() if compiled else x.t().contiguous()) if turned else x, **options)
+        return tensors_of(q) if "decode" in options else [*q, q.decode(dtype)]
     for shape, kind, amax in product(((48, 80), (176, 112)), (*KINDS, "nan"), (None, 1.0)):
         x = sample(kind, shape, dtype)
         if kind == "nan":
@@ -724,3 +809,27 @@ def test_compiled_is_eager(dtype, options, other, monkeypatch):
         assert all(same(g, w) for g, w in zip(got, want, strict=True)), (shape, kind, amax)
     x = gaussian(48, 80).to(dtype)
     assert not same(results(x, options, True)[0], results(x, options | other, False)[0])
+
+
+def test_a_compiler_switched_off_compiles_nothing(monkeypatch):
+    """use_compiler(False): the bits of a layer and of quantize() without a call of torch.compile."""
+    calls, (x, dy) = [], batch(37)
+
+    def compile(f, **options):
+        calls.append(f)
+        return f
+    monkeypatch.setattr(torch, "compile", compile)
+    for name in ("can_compile", "compiled"):        # as if none had been asked before
+        original = CAN_COMPILE if name == "can_compile" else nvfp4.compiled
+        monkeypatch.setattr(nvfp4, name, original.__wrapped__)
+
+    def bits():
+        q = quantize(x[:32], stochastic=True, seed=SEED, signs=FIXED)
+        return [*q, q.dequantize(), *run(make_layer(RECIPES["nvfp4"]), x, dy)]
+    try:
+        nvfp4.use_compiler(False)
+        off, n_calls, said = bits(), len(calls), nvfp4.capability("cpu")
+    finally:
+        nvfp4.use_compiler(True)
+    assert n_calls == 0 and "switched off" in said
+    assert all(map(same, bits(), off)) and len(calls) > 5                       # control

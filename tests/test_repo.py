@@ -1,4 +1,7 @@
-"""The README tells the truth: its commands parse, its line counts and its file list are right."""
+"""The README tells the truth: its commands parse, its snippet runs, what its tables name exists. And the
+rooms: imports point down only."""
+import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -63,12 +66,79 @@ def test_the_snippet_runs():
         exec(compile(snippet, "README.md", "exec"), {})
 
 
-def test_line_counts_and_files():
-    rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)
-    assert {name for name, _ in rows} == {p.name for p in REPO.glob("*.py")}
-    for name, count in rows:
-        assert len((REPO / name).read_text().splitlines()) == int(count), name
+def test_the_file_table_names_every_file():
+    rows = re.findall(r"^\| `([\w/]+\.py)` \|", README, re.M)
+    assert {p.name for p in REPO.glob("*.py")} <= set(rows)
+    assert all((REPO / name).is_file() for name in rows)
 
+
+def named_functions(text):
+    """(module, dotted name) of every `module.py: name` or `module.name` in the tables of equations."""
+    tables = re.findall(r"<!-- equations -->\n(.*?)<!-- end -->", text, re.S)
+    return re.findall(r"`(nvfp4|model|train|analyze)\.([\w.]+)`", "".join(tables))
+
+
+def find(module, name):
+    found = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def test_functions_of_the_equation_tables_exist():
+    names = named_functions(README)
+    assert len(names) >= 20
+    for module, name in names:
+        assert callable(find(module, name)) or name.isupper(), f"{module}.{name}"
+    with pytest.raises(AttributeError):             # control
+        find("nvfp4", "no_such_function")
+
+
+# ---------------------------------------------------------------- the rooms
+
+FLOORS = {"nvfp4": 0, "data.tokens": 0, "configs.config": 0, "assets.figures": 0, "model": 1, "train": 2,
+          "analyze": 3}                             # what stands below knows nobody above, nor beside
+
+
+def rooms():
+    return {name: REPO / (name.replace(".", "/") + ".py") for name in FLOORS}
+
+
+def imported(tree):
+    """(line, module) of every import in a file, those inside of functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.lineno, node.module
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def points_up(room, source):
+    return [(line, name) for line, name in imported(ast.parse(source))
+            if name in FLOORS and name != room and FLOORS[name] >= FLOORS[room]]
+
+
+def test_imports_point_down_only():
+    for room, path in rooms().items():
+        source = path.read_text()
+        assert points_up(room, source) == [], path
+        assert "sys.modules" not in source, path
+    for source in ("import train", "def f():\n    from analyze import rho", "from data import tokens"):
+        assert points_up("nvfp4", source)           # control
+    assert not points_up("train", "import nvfp4\nfrom model import build\nimport json")
+
+
+def test_no_function_is_longer_than_a_screen():
+    """60 lines; GPU kernels may be longer."""
+    others = [*(REPO / "data").glob("*/prepare.py"), *(REPO / "tests").glob("[ab]*.py")]   # aot, bench
+    for path in [*rooms().values(), *others]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "kernel" not in node.name:
+                assert node.end_lineno - node.lineno <= 60, (path, node.name)
+
+
+# ---------------------------------------------------------------- the first screen, pictures, plain text
 
 def test_two_commands_stand_on_the_first_screen_and_ci_runs_the_second():
     first_screen = "\n".join(README.splitlines()[:30])

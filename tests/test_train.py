@@ -1,5 +1,5 @@
-"""Proofs for train.py: config, order of the data, schedule, and runs that are stopped, killed, resumed and
-spread over ranks without changing a bit.
+"""Proofs for train.py: schedule, optimizer, and runs that are stopped, killed, resumed and spread over ranks
+without changing a bit.
 
 The runs are real: tiny models in FP4 on the CPU, a third of a second each. Only the quantizer is not
 compiled, which changes no bit (tests/test_nvfp4.py) and saves minutes. A test that speaks of a process starts
@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +28,10 @@ sys.path.insert(0, str(REPO))
 import nvfp4  # noqa: E402
 import train  # noqa: E402
 from data.tokens import prepare, read_tokens, write_tokens  # noqa: E402
-from model import ModelConfig, build, count_parameters  # noqa: E402
-from nvfp4 import OPERANDS, RECIPES, FP4Config  # noqa: E402
-from train import Config, UserError, flatten, load_config, make_config, unflatten  # noqa: E402
+from model import build, load_model  # noqa: E402
+from nvfp4 import OPERANDS  # noqa: E402
+from train import load_config, make_config, unflatten  # noqa: E402
 
-CONFIGS = sorted(f"configs/{path.name}" for path in (REPO / "configs").glob("*.py"))
 RUNS = {                                            # kinds of runs that must go on bit for bit
     "ngpt": {},
     "gpt": {"arch": "gpt", "recipe": "nvfp4"},
@@ -41,6 +39,7 @@ RUNS = {                                            # kinds of runs that must go
                    "fp4_signs": "fresh", "gradient_accumulation_steps": 2, "weight_decay": 0.1,
                    "schedule": "cosine", "warmup_steps": 3, "eval_iters": 3},
 }
+CAN_COMPILE = nvfp4.can_compile                     # that of the module, which eager() replaces
 EAGER = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(REPO)!r})
@@ -154,171 +153,7 @@ def parts(names):
     return {name.split("/")[0] for name in names}
 
 
-# ---------------------------------------------------------------- config
-
-WHOLE, CHOICE = "must be a whole number", "must be one of"
-WRONG_FLAGS = {
-    "--lerning_rate=1": "command line: no field is called lerning_rate; did you mean learning_rate?",
-    "--lerning_rate": "--lerning_rate must be given as --key=value; did you mean learning_rate?",
-    "--max_steps": "--max_steps must be given as --max_steps=VALUE",
-    "-resume": "-resume must be given as --key=value; did you mean resume?",
-    "--max_steps=ten": f"max_steps='ten' {WHOLE}",
-    "--max_steps=1.5": f"max_steps='1.5' {WHOLE}",
-    "--max_steps=": f"max_steps='' {WHOLE}",
-    "--max_steps=inf": f"max_steps='inf' {WHOLE}",
-    "--max_steps=None": f"max_steps=None {WHOLE}",
-    "--learning_rate=fast": "learning_rate='fast' must be a number",
-    "--learning_rate=nan": "learning_rate=nan must be in [0, inf]",
-    "--compile=maybe": "compile='maybe' must be True or False",
-    "--schedule=linear": f"schedule=linear {CHOICE} wsd, cosine",
-    "--arch=gtp": f"arch=gtp {CHOICE} gpt, ngpt; did you mean gpt?",
-    "--fp4_gemms=fprop,dgrd": "fp4_gemms=dgrd must be of fprop, dgrad, wgrad",
-    "--fp4_tail=2": "fp4_tail=2.0 must be in [0, 1]",
-    "--batch_size=0": "batch_size=0 must be 1 or more",
-    "--stop_at=1001": "stop_at=1001 must be in [1, 1000]",
-    "configs/gpt_tiy.py": "configs/gpt_tiy.py: no such config file; did you mean configs/gpt_tiny.py?",
-}
-WRONG_FILES = {
-    "lerning_rate = 1": "bad.py: no field is called lerning_rate; did you mean learning_rate?",
-    "max_steps = 'ten'": f"max_steps='ten' {WHOLE}",
-    "max_steps = 1.5": f"max_steps=1.5 {WHOLE}",
-    "max_steps = True": f"max_steps=True {WHOLE}",
-    "compile = 2": "compile=2 must be True or False",
-    "dataset = None": "dataset=None must be text",
-    "learning_rate = [1]": "learning_rate=[1] must be a number",
-    "fp4_gemms = 3": "fp4_gemms=3 must be names with commas between",
-    "n_embd = (": "bad.py: SyntaxError",
-    "n_embd = 1 / 0": "bad.py: ZeroDivisionError",
-}
-
-
-@pytest.mark.parametrize("wrong", [*WRONG_FLAGS, *WRONG_FILES])
-def test_wrong_input_is_one_line(tmp_path, wrong):
-    (tmp_path / "bad.py").write_text(wrong + "\n")
-    with pytest.raises(UserError) as error:
-        load_config([wrong if wrong in WRONG_FLAGS else str(tmp_path / "bad.py")])
-    assert (WRONG_FLAGS | WRONG_FILES)[wrong] in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("flag, value", [
-    ("--resume", True), ("--resume=false", False), ("--compile=0", False), ("--out_dir=out/a=b", "out/a=b"),
-    ("--stop_at=None", None), ("--stop_at=7", 7), ("--max_steps=1e6", 10**6), ("--learning_rate=3", 3.0),
-    ("--fp4_gemms=fprop,dgrad", ("fprop", "dgrad")), ("--fp4_gemms=", ()),
-    ("--fp4_input_amax=None", None), ("--n_kv_head=2", 2), ("--seed=9007199254740993", 2**53 + 1)])
-def test_flag_sets_a_field(flag, value):
-    c = load_config([flag])
-    owner, field, _ = train.schema()[flag[2:].partition("=")[0]]
-    found = getattr({Config: c, ModelConfig: c.model, FP4Config: c.fp4}[owner], field.name)
-    assert found == value and type(found) is type(value)
-
-
-def test_files_are_isolated_and_flags_win(tmp_path):
-    a, b, c = (str(tmp_path / name) for name in ("a.py", "b.py", "c.py"))
-    Path(a).write_text("import math\n_half = 2**5\nn_embd = 2 * _half\nn_layer = 3.0\nstop_at = None\n"
-                       "seed = 5\nfp4_gemms = ('fprop', 'wgrad')\n")
-    Path(b).write_text("n_embd = 128\n")
-    Path(c).write_text("n_head = n_layer\n")
-    both = load_config(["--seed=6", a, b])
-    assert both == load_config([a, b, "--seed=6"]) and both.fp4.gemms == ("fprop", "wgrad")
-    assert (both.model.n_embd, both.model.n_layer, both.seed) == (128, 3, 6)
-    assert load_config([b, a]).model.n_embd == 64
-    with pytest.raises(UserError, match="c.py: NameError: name 'n_layer' is not defined$"):
-        load_config([a, c])
-
-
-def test_dependent_defaults_follow_the_overrides(tmp_path):
-    (tmp_path / "mine.py").write_text("learning_rate = 1.0\narch = 'gpt'\nfp4_tail = 0.5\n")
-    mine = str(tmp_path / "mine.py")
-    c = load_config([mine, "configs/gpt_tiny.py", "--learning_rate=5", "--recipe=None"])
-    assert (c.min_lr, c.recipe, c.out_dir) == (0.1, "nvfp4", "out/mine")
-    assert c.fp4 == replace(RECIPES["nvfp4"], tail=0.5)
-    c = load_config([mine, "--arch=ngpt", "--min_lr=0", "--out_dir=x"])
-    assert (c.min_lr, c.recipe, c.out_dir, c.fp4) == (0.0, "ngpt", "x", replace(RECIPES["ngpt"], tail=0.5))
-    assert load_config(["--fp4_tail=0", "--recipe=nvfp4"]).fp4 == replace(RECIPES["nvfp4"], tail=0.0)
-    assert load_config(["--min_lr=None", "--out_dir=None"]) == load_config([])
-    assert load_config([]).out_dir == "out/run"
-
-
-def test_config_is_found_from_another_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(REPO)
-    here = load_config(["configs/gpt_1b.py"])
-    monkeypatch.chdir(tmp_path)
-    assert load_config(["configs/gpt_1b.py"]) == here != load_config([])
-    Path("own.py").write_text("n_embd = 64\n")
-    assert load_config(["own.py"]).model.n_embd == 64
-
-
-def test_help_lists_every_field(capsys):
-    train.main(["-h"])
-    text = capsys.readouterr().out
-    assert len(train.schema()) == sum(len(fields(owner)) for owner in (Config, ModelConfig, FP4Config)) - 2
-    for name, (_, field, _) in train.schema().items():
-        line, = re.findall(rf"^  --{name} +(.*)$", text, re.M)
-        default = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
-        assert re.match(rf"{re.escape(default or 'none')} +\S.*[a-z]", line), name
-    assert "recipe nvfp4 sets " in text             # in place of the FP4 defaults
-
-
-@pytest.mark.parametrize("argv", [[], ["--fp4_gemms=", "--stop_at=3"], *([name] for name in CONFIGS)],
-                         ids=" ".join)
-def test_config_survives_json_and_builds(argv):
-    c = load_config(argv)
-    flat = json.loads(json.dumps(flatten(c)))
-    assert unflatten(flat) == c and set(flat) == set(train.schema())
-    assert unflatten(flat | {"n_embd": 48}) == replace(c, model=replace(c.model, n_embd=48)) != c
-    if argv and argv[0] in CONFIGS:
-        assert c.out_dir == f"out/{Path(argv[0]).stem}" and Path(argv[0]).stem.startswith(c.model.arch)
-        with torch.device("meta"):
-            assert count_parameters(build(c.model))[0] > 0
-
-
-@pytest.mark.parametrize("arch", ["ngpt", "gpt"])
-def test_1b_configs_have_the_papers_size(arch):
-    """1.25e9: the dense 1.2B model of 2605.06067 with embedding and head for 131,072 tokens."""
-    V, C, layers, H, G, D, hidden = 131072, 2048, 20, 16, 4, 128, 6144
-    matrices = 2 * V * C + layers * ((H + 2 * G) * D * C + H * D * C + 2 * hidden * C)
-    vectors = {"gpt": 2 * layers * C + C,           # RMSNorm: two in a layer, one at the end
-               "ngpt": layers * (H * D + hidden + 2 * C) + V}[arch]             # s_qk, s_u, alpha twice; s_z
-    with torch.device("meta"):
-        model = build(load_config([f"configs/{arch}_1b.py"]).model)
-    assert matrices == 1_249_902_592
-    assert count_parameters(model) == (matrices + vectors, matrices + vectors - V * C)
-
-
-# ---------------------------------------------------------------- data and schedule
-
-def test_batches_are_a_function_of_seed_and_step(monkeypatch):
-    c = make_config({"gradient_accumulation_steps": 4, "batch_size": 5, "block_size": 16})
-    first = train.train_starts(c, 1000, 7)
-    assert first.shape == (4, 5) and len(np.unique(first)) > 15                 # micro-batches do not repeat
-    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
-        monkeypatch.setenv(name, value)                                         # a rank takes its rows of it
-    np.random.seed(0)
-    torch.manual_seed(0)
-    assert (train.train_starts(c, 1000, 8) != first).any()
-    assert (train.train_starts(replace(c, seed=c.seed + 1), 1000, 7) != first).any()
-    assert (train.train_starts(c, 1000, 7) == first).all()
-
-
-@pytest.mark.parametrize("n_tokens", [17, 18, 60])
-def test_windows_lie_in_the_data_and_reach_its_ends(n_tokens):
-    c = make_config({"batch_size": 1000, "block_size": 16, "eval_iters": 1})
-    every = set(range(n_tokens - 16))                                           # 16 tokens and one to predict
-    assert set(train.train_starts(c, n_tokens, 0)[0].tolist()) == every
-    assert set(train.val_starts(c, n_tokens)[0].tolist()) == every
-    ids = np.arange(n_tokens, dtype=np.uint16)
-    idx, targets = train.batch_at(ids, [0, n_tokens - 17], 16, torch.device("cpu"))
-    assert idx.dtype == torch.int64 and targets[1, -1] == n_tokens - 1
-    assert idx[0].tolist() == list(range(16)) and torch.equal(targets, idx + 1)
-
-
-def test_validation_windows_are_spread_evenly():
-    c = make_config({"batch_size": 3, "block_size": 16, "eval_iters": 5})
-    starts = train.val_starts(c, 1000)
-    assert starts.shape == (5, 3) and starts[0, 0] == 0 and starts[-1, -1] == 1000 - 17
-    assert np.ptp(np.diff(starts.flatten())) <= 1
-    assert train.val_starts(replace(c, batch_size=1, eval_iters=1), 1000).tolist() == [[0]]
-
+# ---------------------------------------------------------------- schedule and optimizer
 
 WSD = {"learning_rate": 1.0, "min_lr": 0.1, "max_steps": 100, "warmup_steps": 10, "decay_fraction": 0.2}
 COSINE = WSD | {"schedule": "cosine"}
@@ -333,6 +168,23 @@ COSINE = WSD | {"schedule": "cosine"}
     (WSD | {"warmup_steps": 100}, 99, 1.0), (WSD | {"min_lr": None}, 100, 1 / 50)])
 def test_learning_rate(settings, step, value):
     assert train.learning_rate(make_config(settings), step) == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{"arch": "ngpt"}, {"arch": "gpt", "activation": "swiglu"}], ids=str)
+def test_weight_decay_is_for_matrices_in_their_order(settings):
+    """Optimizer state is saved by position: the order of the parameters is part of the checkpoint."""
+    c = make_config(settings | {"n_layer": 2, "n_embd": 32, "vocab_size": 64, "weight_decay": 0.1})
+    model = nvfp4.convert(build(c.model), c.fp4, report=lambda line: None)
+    for optimizer in (train.make_optimizer(model, c), train.make_optimizer(build(c.model), c)):
+        decayed, others = optimizer.param_groups
+        assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0)
+        assert all(p.dim() == 2 for p in decayed["params"]) and all(p.dim() == 1 for p in others["params"])
+    parameters = list(model.parameters())
+    decayed, others = train.make_optimizer(model, c).param_groups
+    for group, n_dim in ((decayed, 2), (others, 1)):
+        expected = [p for p in parameters if p.dim() == n_dim]
+        assert len(expected) == len(group["params"])
+        assert all(a is b for a, b in zip(expected, group["params"], strict=True))
 
 
 # ---------------------------------------------------------------- a run
@@ -387,6 +239,65 @@ def test_run_folder(tiny, dataset, tmp_path, monkeypatch, capsys, arch):
     assert loss() == evaluations[-1]["val_loss_fp4"] != evaluations[-1]["val_loss"]
 
 
+def test_a_warm_up_that_does_not_fit_is_shortened_and_said(tiny, tmp_path, capsys):
+    train.main(tiny(tmp_path, max_steps=4, warmup_steps=40, stop_at=2))
+    said = capsys.readouterr().out
+    assert said.count("warmup_steps=40 shortened to max_steps=4\n") == 1
+    train.main(tiny(tmp_path, max_steps=4, warmup_steps=40, resume=True))
+    assert [row["lr"] for row in metrics(tmp_path, "loss")] == [0.0025, 0.005, 0.0075, 0.01]
+    assert json.loads((tmp_path / "config.json").read_text())["warmup_steps"] == 4
+    train.main(tiny(tmp_path / "fits", max_steps=4, warmup_steps=4, stop_at=1))
+    assert "shortened" not in capsys.readouterr().out.partition("saved in")[2]  # control
+
+
+def test_the_first_step_promises_no_end(tiny, tmp_path, capsys):
+    """It compiles, so that its time says nothing of the rest."""
+    train.main(tiny(tmp_path, max_steps=3, log_interval=1))
+    lines = [line for line in capsys.readouterr().out.splitlines() if " tok/s" in line]
+    assert ["eta" in line for line in lines] == [False, True, True] and lines[2].endswith("| eta 0:00:00")
+    assert train.usual([40.0]) == 40 and train.usual([40.0, 2.0, 1.0, 1.5]) == 1.5
+    assert train.usual([40.0] + [9.0] * 30 + [1.0] * 20) == 1
+    assert train.clock(4 * 3600 + 61.5) == "4:01:01"
+
+
+def test_compile_false_compiles_nothing(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(nvfp4, "can_compile", CAN_COMPILE)
+    if not nvfp4.can_compile("cpu"):
+        pytest.skip("no C++ compiler")
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    train.main(tiny(tmp_path, max_steps=1, sample_tokens=2))
+    assert not counters["frames"] and not counters["stats"]
+    machine = capsys.readouterr().out.splitlines()[1]
+    assert machine.startswith("cpu") and "not fused, which is several times slower (the compi" in machine
+    assert nvfp4.can_compile("cpu")                 # the run has left the compiler as it was
+    torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(2))             # control: this is counted
+    assert counters["frames"] and counters["stats"]
+
+
+def test_what_another_version_set_is_said(tiny, tmp_path, capsys):
+    train.main(tiny(tmp_path, max_steps=2, stop_at=1))
+    saved = train.load_checkpoint(tmp_path / "ckpt.pt")
+    saved["config"]["fp4_old_field"] = "16x16"
+    torch.save(saved, tmp_path / "ckpt.pt")
+    line = f"{tmp_path}: made by another version of this code: fp4_old_field=16x16 is no field here"
+    capsys.readouterr()
+    load_model(tmp_path)                            # whose business it is not
+    assert capsys.readouterr() == ("", "")
+    train.load_run(tmp_path)
+    assert capsys.readouterr().err.startswith(line)
+    assert "fp4_old_field=16x16 is no field here; finish it with" in refusal(tiny(tmp_path, resume=True))
+    assert saved_step(tmp_path) == 1
+    del saved["config"]["fp4_old_field"]            # a renamed field is no unknown one
+    square = saved["config"].pop("fp4_square_weights")
+    saved["config"]["fp4_weight_block"] = "1x16"
+    torch.save(saved, tmp_path / "ckpt.pt")
+    assert square and train.load_run(tmp_path)[2].fp4.square_weights is False
+    assert "fp4_square_weights=True but the run" in refusal(tiny(tmp_path, max_steps=2, resume=True))
+    train.main(tiny(tmp_path, max_steps=2, resume=True, fp4_square_weights=False))
+    assert saved_step(tmp_path) == 2
+
+
 def test_bf16_run_has_no_fp4_loss(tiny, tmp_path):
     train.main(tiny(tmp_path, recipe="bf16", max_steps=1))
     assert [set(row) for row in metrics(tmp_path, "val_loss")] == [{"step", "val_loss", "val_bpb"}] * 2
@@ -400,7 +311,7 @@ def test_one_batch_is_learnt_by_heart(tiny, tmp_path, monkeypatch, arch):
         return [row["loss"] for row in metrics(tmp_path / name, "loss")]
     assert losses("fresh")[-1] > 3                  # control: but for a batch, ln 27 = 3.3 is the end
     starts = train.train_starts
-    monkeypatch.setattr(train, "train_starts", lambda c, n_tokens, step: starts(c, n_tokens, 0))
+    monkeypatch.setattr(train, "train_starts", lambda *where: starts(*where[:-1], 0))
     same = losses("same")
     assert same[0] > 5.4 and same[-1] < 0.5
 
@@ -411,7 +322,7 @@ def test_one_batch_is_learnt_by_heart(tiny, tmp_path, monkeypatch, arch):
     ({"vocab_size": 100}, "vocab_size=100 must be 256 at least"),
     ({"device": "cuda"}, "device=cuda must find a GPU"),
     ({"n_embd": 33}, "n_embd=33 must be a multiple of n_head=2"),
-    ({"n_embd": 24}, "K=24 must be a multiple of 16 (NVFP4 block)"),
+    ({"n_embd": 24}, "K=24 must be a multiple of 16 (nvfp4 block)"),
     ({"pattern": "*x"}, "pattern=*x must consist of"),
     ({"n_head": 0}, "n_head=0 must be"),
     ({"block_size": 0}, "block_size=0 must be"),
@@ -437,7 +348,7 @@ def test_resume_in_a_new_process_is_bit_for_bit(tiny, whole, tmp_path, kind):
 @pytest.mark.parametrize("owner, name, wrong", [
     (nvfp4, "set_step", lambda real: lambda model, seed, *where: real(model, seed + 1, *where)),
     (nvfp4, "set_step", lambda real: lambda model, seed, step, *micro: real(model, seed, step - 5, *micro)),
-    (train, "train_starts", lambda real: lambda c, n_tokens, step: real(c, n_tokens, step - 5)),
+    (train, "train_starts", lambda real: lambda *where: real(*where[:-1], where[-1] - 5)),
     (torch.optim.AdamW, "load_state_dict", lambda real: lambda self, state: None),
 ], ids=["noise of another seed", "noise counted anew", "batches counted anew", "optimizer forgotten"])
 def test_control_wrong_resume_is_noticed(tiny, whole, tmp_path, monkeypatch, owner, name, wrong):
@@ -633,7 +544,7 @@ def test_two_ranks_equal_four_micro_batches_to_summation_order(tiny, tmp_path, m
     torchrun(tmp_path, tiny(tmp_path / "ranks", **four))
     noise, starts = nvfp4.set_step, train.train_starts
     monkeypatch.setattr(nvfp4, "set_step", lambda *where: noise(*where[:3], *(m // 2 for m in where[3:])))
-    monkeypatch.setattr(train, "train_starts", lambda c, n, step: starts(c, n, step)[[0, 1, 2, 2]])
+    monkeypatch.setattr(train, "train_starts", lambda *where: starts(*where)[[0, 1, 2, 2]])
     train.main(tiny(tmp_path / "wrong", **four))    # control: noise shared by two, data read twice
     one, ranks, wrong = (metrics(tmp_path / name, "loss") for name in ("one", "ranks", "wrong"))
     for key, bound in (("loss", 6 * 2**-24), ("grad_norm", 40 * 2**-24)):

@@ -1,0 +1,214 @@
+"""How runs are configured: config files and --key=value flags set the fields of dataclasses.
+
+A config file is Python, run by itself; the names that it leaves behind are the fields it sets. A later file
+wins over an earlier one, and flags win over files. Which fields there are is not known here: the owners are
+handed over, as pairs of a prefix and a dataclass, and a field goes by its prefix and its name.
+
+    owners = (("", Config), ("fp4_", FP4Config))
+    settings, files = read_settings(["configs/ngpt_tiny.py", "--fp4_tail=0.5"], owners)
+    by_owner(settings, owners)[FP4Config]           # {"tail": 0.5}
+
+Type, default and meaning of a field stand where it is declared: as its type hint, its default and the comment
+beside it, which is what -h prints.
+"""
+import difflib
+import inspect
+import json
+import re
+import runpy
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Literal
+
+HERE = Path(__file__).resolve()
+
+
+class UserError(ValueError):
+    """A mistake in a command, a config or a run folder: one line that names the remedy, no traceback."""
+
+
+# ---------------------------------------------------------------- fields
+
+def schema(owners):
+    """{name: (owner, its field, type)} of all that can be set. A field that is a dataclass itself holds an
+    owner's values and cannot."""
+    table = {}
+    for prefix, owner in owners:
+        hints = typing.get_type_hints(owner)
+        for field in fields(owner):
+            if not is_dataclass(hints[field.name]):
+                assert prefix + field.name not in table, "two owners of one name"
+                table[prefix + field.name] = owner, field, hints[field.name]
+    return table
+
+
+def by_owner(settings, owners):
+    """{name: value} -> {owner: {name without the prefix: value}}"""
+    table, parts = schema(owners), {owner: {} for _, owner in owners}
+    for name, value in settings.items():
+        owner, field, _ = table[name]
+        parts[owner][field.name] = value
+    return parts
+
+
+def help_fields(owners):
+    """Every field by the file that owns it, with its default and the comment beside it in the source."""
+    lines = []
+    for prefix, owner in owners:
+        source = inspect.getsource(owner)
+        lines.append(f"\nfields of {Path(inspect.getfile(owner)).name}")
+        for name, (_, field, _) in schema([(prefix, owner)]).items():
+            comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.M)
+            default = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
+            lines.append(f"  --{name:30s} {default or 'none':10s} {comment[1] if comment else ''}".rstrip())
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- values
+# What is not of the type raises one of WRONG, which convert() makes one line for the user.
+
+WRONG = ValueError, TypeError, KeyError, OverflowError
+
+
+def _truth(value):
+    return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+
+
+def _whole(value):
+    if isinstance(value, bool):
+        raise TypeError
+    if re.fullmatch(r"[-+]?[\d_]+", str(value)):
+        return int(value)                           # not by way of a float, which is exact to 2^53 only
+    if not float(value).is_integer():
+        raise ValueError
+    return int(float(value))                        # 1e6 is a whole number too
+
+
+def _number(value):
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _text(value):
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _names(value):
+    names = value.split(",") if isinstance(value, str) else map(str, value)
+    return tuple(name for name in names if name)
+
+
+KINDS = {bool: (_truth, "True or False"), int: (_whole, "a whole number"), float: (_number, "a number"),
+         str: (_text, "text"), tuple: (_names, "names with commas between")}
+
+
+def convert(name, value, hint):
+    """A value of a config file (of any type) or of the command line (text) as the type of a field."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    optional = types.NoneType in typing.get_args(hint)
+    kind = kinds[0] if optional else hint
+    if typing.get_origin(kind) is Literal:
+        read, what = None, " or ".join(typing.get_args(kind))
+    else:
+        read, what = KINDS[typing.get_origin(kind) or kind]
+    if value is None or value == "None":
+        if optional:
+            return None
+        raise UserError(f"{name}=None must be {what}")
+    if read is None:
+        return check_choice(name, value, typing.get_args(kind))
+    try:
+        return read(value)
+    except WRONG:
+        raise UserError(f"{name}={value!r} must be {what}{' or None' if optional else ''}") from None
+
+
+def check_choice(name, value, choices):
+    """The value, if it is one of the choices; UserError with the nearest of them if not."""
+    if value not in choices:
+        raise UserError(f"{name}={value} must be one of {', '.join(choices)}{nearest(value, choices)}")
+    return value
+
+
+def nearest(word, words):
+    """The end of an error message: which of words was meant, if one is near."""
+    close = difflib.get_close_matches(str(word), list(words), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# ---------------------------------------------------------------- files and flags
+
+def read_settings(argv, owners, partial=False):
+    """Config files and --key=value flags, wherever they stand -> ({name: value}, names of the files).
+
+    partial  the owners are some of those that a config file sets: its other fields are not our business.
+             A flag that is no field is a mistake all the same
+    raises   UserError: one line, with the nearest name for one that does not exist
+    """
+    table, settings = schema(owners), {}
+
+    def put(name, value, where):
+        if name not in table:
+            raise UserError(f"{where}: no field is called {name}{nearest(name, table)} (-h lists them)")
+        settings[name] = convert(name, value, table[name][2])
+
+    files = [argument for argument in argv if not argument.startswith("-")]
+    for file in files:
+        for name, value in run_file(file).items():
+            if name in table or not partial:
+                put(name, value, file)
+    for flag in argv:
+        if flag.startswith("-"):
+            name, equals, value = flag.removeprefix("--").partition("=")
+            if not equals:
+                if name not in table or table[name][2] is not bool:
+                    example = f"--{name}=VALUE" if name in table else f"--key=value{nearest(name, table)}"
+                    raise UserError(f"{flag} must be given as {example}")
+                value = "True"
+            put(name, value, "command line")
+    return settings, files
+
+
+def run_file(name):
+    """The names that a config file leaves behind. It is looked for here, then in the repository."""
+    paths = [path for path in (Path(name), HERE.parents[1] / name) if path.is_file()]
+    if not paths or paths[0].suffix != ".py" or paths[0].resolve() == HERE:
+        raise UserError(f"{name}: no such config file{nearest(name, config_files())}")
+    try:
+        found = runpy.run_path(str(paths[0]))
+    except Exception as error:
+        raise UserError(f"{name}: {type(error).__name__}: {error}") from None
+    return {name: value for name, value in found.items()
+            if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+
+
+def config_files():
+    """The config files of the repository, as one gives them on the command line."""
+    return [f"configs/{path.name}" for path in sorted(HERE.parent.glob("*.py")) if path != HERE]
+
+
+# ---------------------------------------------------------------- config.json and checkpoints
+
+def flatten(*parts):
+    """Pairs of a prefix and a dataclass's values -> {name: value}, as json takes it."""
+    flat = {prefix + field.name: getattr(part, field.name) for prefix, part in parts
+            for field in fields(part) if not is_dataclass(getattr(part, field.name))}
+    return json.loads(json.dumps(flat))
+
+
+def unflatten(flat, owners):
+    """What flatten() made -> settings of the owners. What is none of theirs is left out: see unknown()."""
+    table = schema(owners)
+    return {name: convert(name, value, table[name][2]) for name, value in flat.items() if name in table}
+
+
+def unknown(flat, owners):
+    """Words for each value that no owner takes, in what another version of this code flattened."""
+    table = schema(owners)
+    return [f"made by another version of this code: {name}={value} is no field here"
+            for name, value in flat.items() if name not in table]

@@ -1,0 +1,235 @@
+"""Proofs for configs/config.py and what is set through it: wrong input is one line, files are isolated, flags
+win, what was saved comes back; and the configs of this repository.
+"""
+import json
+import re
+import sys
+import typing
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+import train  # noqa: E402
+from configs import config  # noqa: E402
+from configs.config import UserError, read_settings  # noqa: E402
+from model import ModelConfig, build, count_parameters  # noqa: E402
+from nvfp4 import RECIPES, FP4Config  # noqa: E402
+from train import OWNERS, Config, flatten, load_config, unflatten  # noqa: E402
+
+CONFIGS = config.config_files()
+
+
+# ---------------------------------------------------------------- the mechanism, with owners of its own
+
+@dataclass(frozen=True)
+class Oven:
+    heat: float = 1.5                               # of the oven
+    racks: int = 2                                  # in the oven
+    kind: Literal["gas", "coal"] = "gas"            # of fire
+
+
+@dataclass(frozen=True)
+class Bread:
+    oven: Oven = Oven()
+    racks: int | None = None                        # of the shop
+    flours: tuple[str, ...] = ("rye",)              # by name
+
+
+TOYS = (("", Bread), ("oven_", Oven))
+
+
+def test_any_owners_will_do(tmp_path):
+    (tmp_path / "a.py").write_text("racks = 7\noven_racks = 3\noven_heat = 2\n")
+    settings, files = read_settings([str(tmp_path / "a.py"), "--flours=oat,rye", "--oven_heat=1e-1"], TOYS)
+    assert files == [str(tmp_path / "a.py")]
+    parts = config.by_owner(settings, TOYS)
+    assert parts == {Bread: {"racks": 7, "flours": ("oat", "rye")}, Oven: {"racks": 3, "heat": 0.1}}
+    oven = Oven(**parts[Oven])
+    flat = config.flatten(("", Bread(oven, **parts[Bread])), ("oven_", oven))
+    assert flat == {"racks": 7, "flours": ["oat", "rye"], "oven_heat": 0.1, "oven_racks": 3,
+                    "oven_kind": "gas"}
+    assert config.unflatten(json.loads(json.dumps(flat)), TOYS) == settings | {"oven_kind": "gas"}
+    assert re.search(r"^  --oven_racks +2 +in the oven$", config.help_fields(TOYS), re.M)
+    with pytest.raises(UserError, match="no field is called oven; did you mean oven_"):
+        read_settings(["--oven=1"], TOYS)           # what holds an owner's values cannot be set as one
+
+
+def test_files_may_set_what_belongs_to_others_but_flags_may_not(tmp_path):
+    (tmp_path / "a.py").write_text("racks = 7\noven_racks = 3\n")
+    part = TOYS[1:]
+    assert read_settings([str(tmp_path / "a.py"), "--oven_heat=3"], part, partial=True)[0] == {
+        "oven_racks": 3, "oven_heat": 3.0}
+    with pytest.raises(UserError, match="a.py: no field is called racks"):
+        read_settings([str(tmp_path / "a.py")], part)
+    with pytest.raises(UserError, match="command line: no field is called racks"):
+        read_settings([str(tmp_path / "a.py"), "--racks=3"], part, partial=True)
+    (tmp_path / "a.py").write_text("oven_racks = 'x'\n")
+    with pytest.raises(UserError, match="oven_racks='x' must be a whole number"):
+        read_settings([str(tmp_path / "a.py")], part, partial=True)
+
+
+def test_fields_of_another_version_are_named():
+    assert config.unknown({"racks": 1, "oven_gas": 2, "shop": "x"}, TOYS) == [
+        "made by another version of this code: oven_gas=2 is no field here",
+        "made by another version of this code: shop=x is no field here"]
+    assert config.unknown({"racks": 1}, TOYS) == []
+
+
+def test_the_mechanism_is_no_config(tmp_path):
+    assert CONFIGS and set(CONFIGS) == {f"configs/{p.name}" for p in (REPO / "configs").glob("*.py")} - {
+        "configs/config.py"}
+    for name in ("configs/config.py", "configs/confi.py"):
+        with pytest.raises(UserError, match="no such config file") as error:
+            load_config([name])
+        assert "did you mean configs/config.py" not in str(error.value)
+
+
+# ---------------------------------------------------------------- what train.py sets through it
+
+FIRST = next(iter(RECIPES))
+WHOLE, CHOICE = "must be a whole number", "must be one of"
+WRONG_FLAGS = {
+    "--lerning_rate=1": "command line: no field is called lerning_rate; did you mean learning_rate?",
+    "--lerning_rate": "--lerning_rate must be given as --key=value; did you mean learning_rate?",
+    "--max_steps": "--max_steps must be given as --max_steps=VALUE",
+    "-resume": "-resume must be given as --key=value; did you mean resume?",
+    "--max_steps=ten": f"max_steps='ten' {WHOLE}",
+    "--max_steps=1.5": f"max_steps='1.5' {WHOLE}",
+    "--max_steps=": f"max_steps='' {WHOLE}",
+    "--max_steps=inf": f"max_steps='inf' {WHOLE}",
+    "--max_steps=None": f"max_steps=None {WHOLE}",
+    "--learning_rate=fast": "learning_rate='fast' must be a number",
+    "--learning_rate=nan": "learning_rate=nan must be in [0, inf]",
+    "--compile=maybe": "compile='maybe' must be True or False",
+    "--schedule=linear": f"schedule=linear {CHOICE} wsd, cosine",
+    "--arch=gtp": f"arch=gtp {CHOICE} gpt, ngpt; did you mean gpt?",
+    f"--recipe={FIRST}_": f"recipe={FIRST}_ {CHOICE} {', '.join(RECIPES)}; did you mean {FIRST}?",
+    "--fp4_gemms=fprop,dgrd": "fp4_gemms=dgrd must be of fprop, dgrad, wgrad",
+    "--fp4_tail=2": "fp4_tail=2.0 must be in [0, 1]",
+    "--batch_size=0": "batch_size=0 must be 1 or more",
+    "--stop_at=1001": "stop_at=1001 must be in [1, 1000]",
+    "configs/gpt_tiy.py": "configs/gpt_tiy.py: no such config file; did you mean configs/gpt_tiny.py?",
+}
+WRONG_FILES = {
+    "lerning_rate = 1": "bad.py: no field is called lerning_rate; did you mean learning_rate?",
+    "max_steps = 'ten'": f"max_steps='ten' {WHOLE}",
+    "max_steps = 1.5": f"max_steps=1.5 {WHOLE}",
+    "max_steps = True": f"max_steps=True {WHOLE}",
+    "compile = 2": "compile=2 must be True or False",
+    "dataset = None": "dataset=None must be text",
+    "learning_rate = [1]": "learning_rate=[1] must be a number",
+    "fp4_gemms = 3": "fp4_gemms=3 must be names with commas between",
+    "n_embd = (": "bad.py: SyntaxError",
+    "n_embd = 1 / 0": "bad.py: ZeroDivisionError",
+}
+
+
+@pytest.mark.parametrize("wrong", [*WRONG_FLAGS, *WRONG_FILES])
+def test_wrong_input_is_one_line(tmp_path, wrong):
+    (tmp_path / "bad.py").write_text(wrong + "\n")
+    with pytest.raises(UserError) as error:
+        load_config([wrong if wrong in WRONG_FLAGS else str(tmp_path / "bad.py")])
+    assert (WRONG_FLAGS | WRONG_FILES)[wrong] in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--resume", True), ("--resume=false", False), ("--compile=0", False), ("--out_dir=out/a=b", "out/a=b"),
+    ("--stop_at=None", None), ("--stop_at=7", 7), ("--max_steps=1e6", 10**6), ("--learning_rate=3", 3.0),
+    ("--fp4_gemms=fprop,dgrad", ("fprop", "dgrad")), ("--fp4_gemms=", ()),
+    ("--fp4_input_amax=None", None), ("--n_kv_head=2", 2), ("--seed=9007199254740993", 2**53 + 1)])
+def test_flag_sets_a_field(flag, value):
+    c = load_config([flag])
+    owner, field, _ = config.schema(OWNERS)[flag[2:].partition("=")[0]]
+    found = getattr({Config: c, ModelConfig: c.model, FP4Config: c.fp4}[owner], field.name)
+    assert found == value and type(found) is type(value)
+
+
+def test_files_are_isolated_and_flags_win(tmp_path):
+    a, b, c = (str(tmp_path / name) for name in ("a.py", "b.py", "c.py"))
+    Path(a).write_text("import math\n_half = 2**5\nn_embd = 2 * _half\nn_layer = 3.0\nstop_at = None\n"
+                       "seed = 5\nfp4_gemms = ('fprop', 'wgrad')\n")
+    Path(b).write_text("n_embd = 128\n")
+    Path(c).write_text("n_head = n_layer\n")
+    both = load_config(["--seed=6", a, b])
+    assert both == load_config([a, b, "--seed=6"]) and both.fp4.gemms == ("fprop", "wgrad")
+    assert (both.model.n_embd, both.model.n_layer, both.seed) == (128, 3, 6)
+    assert load_config([b, a]).model.n_embd == 64
+    with pytest.raises(UserError, match="c.py: NameError: name 'n_layer' is not defined$"):
+        load_config([a, c])
+
+
+def test_dependent_defaults_follow_the_overrides(tmp_path):
+    (tmp_path / "mine.py").write_text("learning_rate = 1.0\narch = 'gpt'\nfp4_tail = 0.5\n")
+    mine = str(tmp_path / "mine.py")
+    c = load_config([mine, "configs/gpt_tiny.py", "--learning_rate=5", "--recipe=None"])
+    assert (c.min_lr, c.recipe, c.out_dir) == (0.1, "nvfp4", "out/mine")
+    assert c.fp4 == replace(RECIPES["nvfp4"], tail=0.5)
+    c = load_config([mine, "--arch=ngpt", "--min_lr=0", "--out_dir=x"])
+    assert (c.min_lr, c.recipe, c.out_dir, c.fp4) == (0.0, "ngpt", "x", replace(RECIPES["ngpt"], tail=0.5))
+    assert load_config(["--fp4_tail=0", "--recipe=nvfp4"]).fp4 == replace(RECIPES["nvfp4"], tail=0.0)
+    assert load_config(["--min_lr=None", "--out_dir=None"]) == load_config([])
+    assert load_config([]).out_dir == "out/run"
+
+
+def test_each_architecture_has_a_recipe_of_its_own():
+    architectures = typing.get_args(typing.get_type_hints(ModelConfig)["arch"])
+    assert set(train.OWN_RECIPE) == set(architectures) and set(train.OWN_RECIPE.values()) <= set(RECIPES)
+    for arch in architectures:
+        assert load_config([f"--arch={arch}"]) == load_config([f"--arch={arch}",
+                                                               f"--recipe={train.OWN_RECIPE[arch]}"])
+        assert f"recipe {train.OWN_RECIPE[arch]} ({arch}'s own) sets" in train.help_text()
+    for recipe in RECIPES:
+        assert load_config([f"--recipe={recipe}"]).fp4 == RECIPES[recipe]
+
+
+def test_config_is_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    here = load_config(["configs/gpt_1b.py"])
+    monkeypatch.chdir(tmp_path)
+    assert load_config(["configs/gpt_1b.py"]) == here != load_config([])
+    Path("own.py").write_text("n_embd = 64\n")
+    assert load_config(["own.py"]).model.n_embd == 64
+
+
+def test_help_lists_every_field(capsys):
+    train.main(["-h"])
+    text = capsys.readouterr().out
+    table = config.schema(OWNERS)
+    assert len(table) == sum(len(fields(owner)) for owner in (Config, ModelConfig, FP4Config)) - 2
+    for name, (_, field, _) in table.items():
+        line, = re.findall(rf"^  --{name} +(.*)$", text, re.M)
+        default = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
+        assert re.match(rf"{re.escape(default or 'none')} +\S.*[a-z]", line), name
+    assert all(re.search(rf"^  recipe {recipe}\b.* sets ", text, re.M) for recipe in RECIPES)
+
+
+@pytest.mark.parametrize("argv", [[], ["--fp4_gemms=", "--stop_at=3"], *([name] for name in CONFIGS)],
+                         ids=" ".join)
+def test_config_survives_json_and_builds(argv):
+    c = load_config(argv)
+    flat = json.loads(json.dumps(flatten(c)))
+    assert unflatten(flat) == c and set(flat) == set(config.schema(OWNERS))
+    assert unflatten(flat | {"n_embd": 48}) == replace(c, model=replace(c.model, n_embd=48)) != c
+    if argv and argv[0] in CONFIGS:
+        assert c.out_dir == f"out/{Path(argv[0]).stem}" and Path(argv[0]).stem.startswith(c.model.arch)
+        with torch.device("meta"):
+            assert count_parameters(build(c.model))[0] > 0
+
+
+@pytest.mark.parametrize("arch", ["ngpt", "gpt"])
+def test_1b_configs_have_the_papers_size(arch):
+    """1.25e9: the dense 1.2B model of 2605.06067 with embedding and head for 131,072 tokens."""
+    V, C, layers, H, G, D, hidden = 131072, 2048, 20, 16, 4, 128, 6144
+    matrices = 2 * V * C + layers * ((H + 2 * G) * D * C + H * D * C + 2 * hidden * C)
+    vectors = {"gpt": 2 * layers * C + C,           # RMSNorm: two in a layer, one at the end
+               "ngpt": layers * (H * D + hidden + 2 * C) + V}[arch]             # s_qk, s_u, alpha twice; s_z
+    with torch.device("meta"):
+        model = build(load_config([f"configs/{arch}_1b.py"]).model)
+    assert matrices == 1_249_902_592
+    assert count_parameters(model) == (matrices + vectors, matrices + vectors - V * C)
