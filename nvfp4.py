@@ -153,9 +153,35 @@ def e4m3_scales(blocks, s_enc, target):
     return torch.where(amax_b < math.inf, scale, math.nan).to(torch.float8_e4m3fn).float()
 
 
+def e8m0_scales(blocks, s_enc, target):
+    """MXFP4's, a power of two: the smallest that brings the block to target or below. Nothing saturates.
+
+    source  2509.25149 appendix B
+    """
+    amax_b = block_amax(blocks)
+    mantissa, exponent = torch.frexp(amax_b.clamp(min=2.0**-126))               # 0.5 <= mantissa < 1
+    return power_of_two(exponent - 3 + (mantissa > target / 8), amax_b)
+
+
+def e8m0_floor_scales(blocks, s_enc, target):
+    """The same by the OCP specification of 2023: 2^(floor(log2(amax_b)) - 2). The block's largest magnitude
+    lands in [4, 8), and saturates beyond 6."""
+    amax_b = block_amax(blocks)
+    _, exponent = torch.frexp(amax_b.clamp(min=2.0**-126))
+    return power_of_two(exponent - 3, amax_b)
+
+
+def power_of_two(exponent, amax_b):
+    """E8M0's numbers: exponents from -127 to 127, and NaN."""
+    scale = torch.ldexp(torch.ones_like(amax_b), exponent.clamp(-127, 127))
+    return torch.where(amax_b < math.inf, scale, math.nan)
+
+
 FORMATS = {f.name: f for f in (
     # 2509.25149. Rounding a scale to E4M3 can enlarge x / scale by 17/16: hence 6 * 16/17 (2601.22813).
     Format("nvfp4", 16, torch.float8_e4m3fn, e4m3_scales, E4M3_MAX, E2M1_MAX * 16 / 17, kernels=True),
+    Format("mxfp4", 32, torch.float8_e8m0fnu, e8m0_scales, None, E2M1_MAX),
+    Format("mxfp4_floor", 32, torch.float8_e8m0fnu, e8m0_floor_scales, None, None),
 )}
 
 
@@ -538,6 +564,8 @@ RECIPES = {
     # activation looks at all its tokens, so that a token's output depends, in the last bits, on the tokens
     # after it; the fixed scale of "ngpt" does not.
     "nvfp4": FP4Config(hadamard=("wgrad",), tail=0.15),
+    # The same in MXFP4, with which 2509.25149 compares; there rotated in runs of 32, here of 16.
+    "mxfp4": FP4Config(format="mxfp4", hadamard=("wgrad",), tail=0.15),
 }
 
 

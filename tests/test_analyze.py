@@ -317,6 +317,7 @@ def batch(seed, rows=2):
 
 CFGS = {"ngpt": RECIPES["ngpt"], "nvfp4": replace(RECIPES["nvfp4"], tail=0.0),
         "1x16": nvfp4.FP4Config(square_weights=False), "rotated": nvfp4.FP4Config(hadamard=nvfp4.GEMMS),
+        "mxfp4": replace(RECIPES["mxfp4"], tail=0.0),
         "all random": nvfp4.FP4Config(stochastic=nvfp4.OPERANDS, hadamard=nvfp4.GEMMS, signs="fresh")}
 
 

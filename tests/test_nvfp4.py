@@ -213,7 +213,7 @@ def gaussian_values(stochastic, unbiased, square):
 
 @pytest.mark.parametrize("case", MSE)
 def test_gaussian_mse(case):
-    """Within 3 % of its number in PAPERS.md and of no other's; values 2 % too large are noticed."""
+    """Within 3 % of its number in 2601.22813 table 1, of no other's; values 2 % too large are noticed."""
     x, values, _ = gaussian_values(*case)
     right, wrong = (float((factor * values - x).square().mean()) for factor in (1.0, 1.02))
     assert [other for other, expected in MSE.items() if abs(right / expected - 1) < 0.03] == [case]
@@ -280,7 +280,7 @@ def test_stochastic_rounding_is_unbiased():
 
 
 def test_unbiased_target_removes_saturation():
-    """PAPERS 4.3: the standard target saturates, a slope of 0.9967; with 6 * 16/17 nothing does."""
+    """2601.22813: the standard target saturates, a slope of 0.9967; with 6 * 16/17 nothing does."""
     x, standard, standard_max = gaussian_values(True, False, False)
     _, unbiased, unbiased_max = gaussian_values(True, True, False)
     assert unbiased_max <= 6 * (1 + 2**-21) and 6.3 < standard_max <= 6 * 17 / 16 * (1 + 2**-21)
@@ -405,7 +405,7 @@ CONFIGS = {
     "rotated": FP4Config(hadamard=GEMMS), "rotated, no signs": FP4Config(hadamard=GEMMS, signs="none"),
     "rotated, fresh signs": FP4Config(hadamard=GEMMS, signs="fresh"), "unbiased": FP4Config(unbiased=True),
     "all stochastic": FP4Config(stochastic=OPERANDS), "only fprop.w": FP4Config(stochastic=("fprop.w",)),
-    "all fixed": FP4Config(input_amax=1.0, weight_amax=1.0, grad_amax=4.0)}
+    "all fixed": FP4Config(input_amax=1.0, weight_amax=1.0, grad_amax=4.0), "mxfp4": RECIPES["mxfp4"]}
 PLACE = SEED, 7, 0                                  # seed, step, micro_batch
 
 
@@ -777,6 +777,76 @@ def test_one_place_decides_whether_kernels_run(monkeypatch):
             reaches()
 
 
+# ---------------------------------------------------------------- MXFP4
+
+MXFP4 = {"mxfp4": "RCEIL", "mxfp4_floor": "FLOOR"}  # what torchao calls its way to a scale
+
+
+@cache
+def torchao_formats():
+    return pytest.importorskip("torchao.prototype.mx_formats.mx_tensor", reason="torchao is not installed")
+
+
+def by_torchao(name, x):
+    """(codes, scales, values) of x (M, K): bytes, bytes and fp32."""
+    mx = torchao_formats()
+    mode = mx.ScaleCalculationMode[MXFP4[name]]
+    scales, codes = mx.to_mx(x.contiguous(), torch.float4_e2m1fn_x2, 32, mode)
+    values = mx.to_dtype(codes, scales, torch.float4_e2m1fn_x2, 32, FP32)
+    return codes.view(torch.uint8), scales.view(torch.uint8), values
+
+
+@pytest.mark.parametrize("turned", (False, True), ids=("rows", "columns"))
+@pytest.mark.parametrize("dtype", (BF16, FP32), ids=str)
+@pytest.mark.parametrize("name", MXFP4)
+def test_mxfp4_is_torchao_s(name, dtype, turned):
+    """Codes, scales and values bit for bit, packed and decoded. A block with Inf, which torchao saturates, is
+    NaN here; with NaN it is in both."""
+    other = next(format for format in MXFP4 if format != name)
+    for kind in (*KINDS, "nan"):
+        x = sample(kind if kind in KINDS else "gaussian", (96, 128), dtype)
+        if kind == "nan":
+            x[5, ::50] = float("nan")
+        x = x.t() if turned else x
+        codes, scales, values = by_torchao(name, x)
+        packed, decoded = quantize(x, name), quantize(x, name, decode=BF16)
+        whole = ~values.isnan()
+        pairs = whole[:, ::2]                       # a block is NaN or is not: both codes of a byte
+        assert torch.equal(packed.scales.view(torch.uint8), scales)
+        assert torch.equal(packed.codes[pairs], codes[pairs]) and float(packed.s_dec) == 1
+        for q in (packed, decoded):
+            assert same(q.dequantize()[whole], values[whole]) and q.dequantize()[~whole].isnan().all()
+        assert bool(whole.all()) is (kind != "nan")
+        if kind == "gaussian":                      # controls
+            assert not torch.equal(quantize(x, other).codes, codes)
+            assert not torch.equal(packed.codes >> 4 | packed.codes << 4, codes)
+            assert not torch.equal(quantize(x.roll(1, 1), name).scales.view(torch.uint8), scales)
+    x[1, 3] = float("inf")
+    assert quantize(x, name).dequantize()[1, :32].isnan().all()
+
+
+@pytest.mark.parametrize("name, mse", (("mxfp4", 13.30e-3), ("mxfp4_floor", 13.21e-3)))
+def test_mxfp4_mse(name, mse):
+    """Unit Gaussians within 3 %; values 3 % too small are noticed, and so is another format."""
+    x = gaussian(2048, 4096)
+    values = quantize(x, name).dequantize()
+    right, wrong, nvfp4_mse = (float((v - x).square().mean()) for v in (
+        values, 0.97 * values, quantize(x).dequantize()))
+    assert abs(right / mse - 1) < 0.03 < min(abs(wrong / mse - 1), abs(nvfp4_mse / mse - 1))
+
+
+def test_mxfp4_saturates_only_by_the_floor():
+    """Rounded up, a scale brings its block into (3, 6], so stochastic rounding is unbiased as it is; OCP's
+    brings it into [4, 8)."""
+    x = gaussian(512, 1024).abs() + 1e-3
+    up, floor = (x.unflatten(1, (-1, 32)).amax(2) / quantize(x, name).scales.float() for name in MXFP4)
+    assert 3 < up.min() and up.max() <= 6 and 4 <= floor.min() and 6 < floor.max() < 8
+    assert same(quantize(x, "mxfp4", unbiased=True, stochastic=True).codes,
+                quantize(x, "mxfp4", stochastic=True).codes)
+    with pytest.raises(ValueError, match="mxfp4_floor saturates"):
+        FP4Config(format="mxfp4_floor", unbiased=True)
+
+
 # ---------------------------------------------------------------- the compiled code is the definition
 
 FIXED, KEY = torch.tensor(SIGNS, dtype=FP32), torch.tensor(nvfp4.stream_key(SEED, 1, 2, 3, 4))
@@ -787,8 +857,10 @@ FIXED, KEY = torch.tensor(SIGNS, dtype=FP32), torch.tensor(nvfp4.stream_key(SEED
     (BF16, False, {"square": True, "stochastic": True, "seed": KEY}, {"seed": KEY + 1}),
     (BF16, False, {"stochastic": True, "seed": KEY, "unbiased": True, "decode": BF16}, {"unbiased": False}),
     (FP32, True, {"signs": FIXED}, {"signs": FIXED.flip(0)}),
-    (BF16, True, {"stochastic": True, "seed": KEY, "signs": FIXED, "decode": FP32}, {"seed": KEY + 1})),
-    ids=("codes", "weight", "codes, 16x16, stochastic", "dgrad.dy", "wgrad.x, rotated", "wgrad.dy, rotated"))
+    (BF16, True, {"stochastic": True, "seed": KEY, "signs": FIXED, "decode": FP32}, {"seed": KEY + 1}),
+    (BF16, False, {"format": "mxfp4", "stochastic": True, "seed": KEY}, {"format": "mxfp4_floor"})),
+    ids=("codes", "weight", "codes, 16x16, stochastic", "dgrad.dy", "wgrad.x, rotated", "wgrad.dy, rotated",
+         "mxfp4"))
 def test_compiled_is_eager(dtype, turned, options, other, monkeypatch):
     """Bit for bit on every kind of input; turned: x^T as it lies in memory is a contiguous x^T. Few cases:
     they take half a minute to compile."""
@@ -796,18 +868,19 @@ def test_compiled_is_eager(dtype, turned, options, other, monkeypatch):
         assert not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))), "a compiler, yet nothing compiles"
         pytest.skip("no C++ compiler here: nothing is fused, the eager definition runs")
     torch.set_num_threads(THREADS)
+    width = FORMATS[options.get("format", "nvfp4")].block
 
     def results(x, options, compiled):
         monkeypatch.setattr(nvfp4, "can_compile", lambda kind: compiled)
         q = quantize((x.t() if compiled else x.t().contiguous()) if turned else x, **options)
         return tensors_of(q) if "decode" in options else [*q, q.decode(dtype)]
-    for shape, kind, amax in product(((48, 80), (176, 112)), (*KINDS, "nan"), (None, 1.0)):
+    for shape, kind, amax in product(((48, 5 * width), (176, 7 * width)), (*KINDS, "nan"), (None, 1.0)):
         x = sample(kind, shape, dtype)
         if kind == "nan":
             x[7, 21], x[30, 60] = float("nan"), float("inf")
         want, got = (results(x, options | {"amax": amax}, compiled) for compiled in (False, True))
         assert all(same(g, w) for g, w in zip(got, want, strict=True)), (shape, kind, amax)
-    x = gaussian(48, 80).to(dtype)
+    x = gaussian(48, 5 * width).to(dtype)
     assert not same(results(x, options, True)[0], results(x, options | other, False)[0])
 
 
