@@ -108,9 +108,9 @@ FLT_MAX = torch.finfo(torch.float32).max
 class Format:
     """A 4-bit format as data: E2M1 codes, and how a block finds the scale of its codes.
 
-    scales  function of blocks (M/h, h, K/block, block), h = 1 or for square blocks block, s_enc and target:
-            for each block the scale (M/h, 1, K/block, 1) that brings s_enc times its largest magnitude to
-            target; fp32, but exact in scale_dtype; NaN for a block with NaN or Inf
+    scales  function of (blocks, s_enc, target), with blocks (M/h, h, K/block, block) and h = 1, or h = block
+            where they are square: for each block the scale (M/h, 1, K/block, 1) that brings s_enc times its
+            largest magnitude to target; fp32, but exact in scale_dtype; NaN for a block with NaN or Inf
     """
     name: str
     block: int                                      # values in a row that share a scale
@@ -327,7 +327,7 @@ def rotate(runs, signs):
     v = [element.float() * signs[j] for j, element in enumerate(runs.unbind(-1))]
     for distance in (1, 2, 4, 8):
         v = [v[j - distance] - v[j] if j & distance else v[j] + v[j + distance] for j in range(len(v))]
-    return interleave([w * 0.25 for w in v]).to(runs.dtype)
+    return stack_last([w * 0.25 for w in v]).to(runs.dtype)
 
 
 # ---------------------------------------------------------------- quantize
@@ -402,7 +402,7 @@ def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=Non
     amax = tensor_amax(x, amax if form.top else 1.0)
     scale, s_dec = find_scales(blocks.unflatten(0, (-1, height)), amax, form.scales, form.top,
                                form.target(unbiased))
-    scale = lay_out_like(x, scale.expand(-1, height, -1, -1).flatten(0, 1))     # (M, K/block, 1)
+    scale = lay_out_like(x, scale.expand(-1, height, -1, -1).flatten(0, 1))     # each row's: (M, K/block, 1)
     random = random_bytes(as_key(seed, x.device), x).reshape(blocks.shape) if stochastic else None
     rounded = round_blocks(blocks, scale, s_dec, random, decode).reshape(x.shape)
     if decode is not None:
@@ -430,7 +430,7 @@ def unpack(codes, scales, dtype):
         code = (nibble & 7).float()                 # the grid is the largest of three straight lines
         value = torch.maximum(torch.maximum(0.5 * code, code - 2), 2 * code - 8)
         values.append(torch.where(nibble > 7, -value, value))
-    values = interleave(values).flatten(1)          # (M, K)
+    values = stack_last(values).flatten(1)          # (M, K)
     return (values.unflatten(1, (scales.shape[1], -1)) * scales[:, :, None]).to(dtype)
 
 
@@ -666,20 +666,20 @@ class FP4Linear(torch.nn.Linear):
     opens another step or an optimizer is called.
     """
 
+    fp4 = True                                      # False: high precision for now, see high_precision()
+    quantized = None                                # the weight as Both
+    drawn = None                                    # (seed, step) that the keys belong to; None: to no step
+    version = None                                  # of the weight behind quantized (part 3)
+    hooked = False                                  # a hook before the model looks after it (part 3)
+
     def __init__(self, linear, cfg, index=0):
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.cfg, self.index = cfg, index           # index: which linear layer, for the random stream
-        self.fp4 = True                             # False: high precision for now, see high_precision()
-        self.drawn = None                           # (seed, step) that the keys belong to; None: to no step
-        self.hooked = False                         # a hook of convert() looks after the quantized weight
-        self.version = None                         # of the weight behind quantized
-        self.quantized = None                       # the weight as Both
         # no buffers: DistributedDataParallel would overwrite them with the first rank's
         self.keys = layer_keys(0, 0, 0, index).to(linear.weight.device)
         self.signs = rotation_signs("none" if cfg.signs == "none" else "fixed", None, self.keys)
-        count_optimizer_steps()                     # from now on
         check_size("K", self.in_features, FORMATS[cfg.format].block, cfg.format)
         check_size("N", self.out_features, FORMATS[cfg.format].block, cfg.format)
 
@@ -691,8 +691,7 @@ class FP4Linear(torch.nn.Linear):
     def forward(self, x):
         if not self.fp4 or x.numel() == 0:
             return F.linear(x, self.weight, self.bias)
-        if not (torch.compiler.is_compiling() and self.hooked):
-            refresh_weights(self, None)             # quantize_weight() where the weight has changed (part 3)
+        refresh_unless_hooked(self)                 # quantize_weight() where the weight has changed (part 3)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
@@ -722,7 +721,7 @@ def set_step(model, seed, step, micro_batch=0):
             here = [i for i, m in enumerate(layers) if m.weight.device == device]
             there = keys[here].to(device, non_blocking=True)
             torch._foreach_copy_([layers[i].keys for i in here], list(there))
-        refresh_weights(model, None)
+        refresh_weights(model)
 
 
 class high_precision:
@@ -770,9 +769,7 @@ def convert(model, cfg, report=print):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, FP4Linear(linear, cfg, index))
             n_converted += 1
-    model.register_forward_pre_hook(refresh_weights)
-    for m in fp4_layers(model):
-        m.hooked = True
+    hook_weights(model)                             # quantized before the forward of the model (part 3)
     line = f"converted {n_converted}/{len(linears)} linears to {cfg.format} ({','.join(cfg.gemms)})"
     for why, names in kept.items():
         line += f"; {why}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} in high precision"
@@ -1591,7 +1588,7 @@ def lay_out_like(x, scale):
     return scale.transpose(0, 1).contiguous().transpose(0, 1) if lies_transposed(x) else scale
 
 
-def interleave(parts):
+def stack_last(parts):
     """torch.stack(parts, -1) of matrices, but in memory as they are."""
     if lies_transposed(parts[0]):
         return torch.stack([part.t() for part in parts], 1).permute(2, 0, 1)
@@ -1838,15 +1835,27 @@ def refresh(layer):
 
 
 @torch.compiler.disable
-def refresh_weights(model, _):
-    """convert()'s hook before a model's forward: compiled layers cannot look whether their weight has
-    changed. A part of the model that is compiled and called by itself needs set_step after each update."""
+def refresh_weights(model, _=None):
+    """Quantize what has changed. Compiled layers cannot look for themselves; a part of the model that is
+    compiled and called by itself needs set_step after each update."""
     for m in fp4_layers(model):
         if m.fp4:
             refresh(m)
             if m.drawn is None and m.training and m.cfg.stochastic and torch.is_grad_enabled():
                 warnings.warn("stochastic rounding repeats its random bits: call set_step before every "
                               "micro-batch", stacklevel=2)
+
+
+def refresh_unless_hooked(layer):
+    if not (torch.compiler.is_compiling() and layer.hooked):
+        refresh_weights(layer)
+
+
+def hook_weights(model):
+    """Have weights looked at before a model's forward, outside of its compiled graph."""
+    model.register_forward_pre_hook(refresh_weights)
+    for m in fp4_layers(model):
+        m.hooked = True
 
 
 if __name__ == "__main__":

@@ -371,7 +371,7 @@ def test_compiled_model_is_one_graph_and_sees_new_weights(recipe):
     blindly = torch.compile(blind(model), backend="aot_eager", fullgraph=True)
     stale = "fprop" in model[0].cfg.gemms           # control: an output of old weights, where they are in FP4
     assert same(blindly(x), want_model(x)) is not stale
-    nvfp4.refresh_weights(model, None)
+    nvfp4.refresh_weights(model)
     assert equal(blindly)
 
 
