@@ -258,6 +258,10 @@ def as_multiplied(x, how):
     return seen, quantize(x, **how).dequantize()
 
 
+def named_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, nvfp4.FP4Linear)}
+
+
 @torch.no_grad()
 def record(model, batches, n_tokens, seed=0):
     """What enters the FP4 layers of a converted model that runs in high precision: {name: (x, xq)}, (T, K)
@@ -272,7 +276,7 @@ def record(model, batches, n_tokens, seed=0):
         x = x.detach().flatten(0, -2).float()
         pair = as_multiplied(x, layer.cfg.operand("fprop.x", layer.keys, layer.signs))
         found.setdefault(name, []).append([t[rows.to(t.device)] for t in pair])
-    for name, layer in fp4_layers(model).items():
+    for name, layer in named_layers(model).items():
         handles.append(layer.register_forward_pre_hook(
             lambda layer, args, name=name: keep(name, layer, args[0])))
     with nvfp4.high_precision(model):
@@ -284,9 +288,7 @@ def record(model, batches, n_tokens, seed=0):
     return {name: tuple(map(torch.cat, zip(*pairs, strict=True))) for name, pairs in found.items()}
 
 
-def fp4_layers(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, nvfp4.FP4Linear)}
-
+# ---------------------------------------------------------------- what is measured of a layer
 
 class Sample(NamedTuple):
     """A layer's operands as they are multiplied, and quantized, fp32."""
@@ -355,6 +357,8 @@ def by_channel(m):
     return [dict(zip(found, row, strict=True)) for row in torch.stack(list(found.values()), 1).tolist()]
 
 
+# ---------------------------------------------------------------- runs
+
 def read_run(folder):
     """A run folder: {run, kind: {arch, width, recipe, seed}, config, steps, evaluations: rows of its log}."""
     config = json.loads((Path(folder) / "config.json").read_text())
@@ -397,7 +401,7 @@ def analyse(folder, o):
     growth, kind = flatness(model, loss, seed=o.seed), read_run(folder)["kind"]
     whole = {"quantized_as": recipe, "loss": loss(model), "growth": sum(growth) / len(growth)}
     nvfp4.convert(model, cfg, report=lambda line: None)
-    layers = fp4_layers(model)
+    layers = named_layers(model)
     if not layers:
         raise UserError(f"{folder}: {recipe} must quantize a layer; give a run that has some in FP4")
     rows = {"layers": [], "terms": [], "channels": [], "noise": [

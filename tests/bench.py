@@ -1,7 +1,7 @@
 """What it costs: the time of quantizing, of GEMMs, of a linear layer and of a training step on this machine,
 and the memory that a layer keeps for its backward.
 
-    python tests/bench.py              all of it, a row each: a few minutes on two CPU cores
+    python tests/bench.py              all of it, a row each: minutes on two CPU cores
     python tests/bench.py layer        one transformer layer in BF16 and in FP4, by width (2605.06067 fig. 6b)
     python tests/bench.py --json       one JSON object on stdout: capability, rows; with layer too
     python tests/bench.py -h           this page
@@ -13,13 +13,14 @@ from what the machine allows:
     GB/s           bytes that must be read and written, over the time; in percent of a copy's, the bound of
                    whatever does little arithmetic
     TFLOP/s        FLOPs of the GEMMs, over the time; in percent of a large bf16 matmul's, the bound of a
-                   layer and of a training step. In FP4 a machine with FP4 units can exceed it
+                   layer and of a training step; only FP4 units can exceed it
     MFU            the same in percent of the chip's peak, where train.py knows that
     1.23 x         the time as a multiple of another row's; for layer the reverse, time in BF16 / time in FP4
     bytes a value  what a linear layer keeps of its input for the backward, for each of its values
 
 Where the machine has no FP4 units, FP4 is emulated, and what is measured is the speed of the emulation: it
-says nothing about FP4 hardware. The line about the machine tells which it is.
+says nothing about FP4 hardware. On a CPU without bf16 units fp32 takes the place of bf16, and a row that has
+bf16 in its name elsewhere has fp32 there. The line about the machine tells which it is.
 """
 import gc
 import itertools
@@ -42,15 +43,15 @@ from model import ModelConfig, build, flops_per_token, hypersphere_step  # noqa:
 from nvfp4 import (FORMATS, RECIPES, SIGNS, FP4Linear, choices, convert, matmul, quantize,  # noqa: E402
                    quantize_both, set_step)
 
-WARM_UP = 3                                         # calls before the timings
+WARM_UP = 2                                         # calls before the timings: the first compiles
 REPEAT = 15                                         # timings of a kernel, of which the median counts
 REPEAT_STEPS = 7                                    # timings of a layer or a training step, likewise
-REPETITIONS, ITERATIONS = 10, 20                    # layer: timings, and steps in each
+REPETITIONS, ITERATIONS = 10, 10                    # layer: timings, and steps in each
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured on a kind of device: matrices that no cache holds, and what fills its units."""
+    """What is measured on a kind of device: matrices larger than its caches, GEMMs that fill its units."""
     dtype: torch.dtype                              # of what is quantized, and of activations of a Linear
     matrix: int                                     # n: n x n values are copied and quantized
     stream: tuple[int, int]                         # tokens and channels of nGPT's step
@@ -58,15 +59,23 @@ class Sizes:
     linear: tuple[int, int]                         # tokens and channels, in and out, of a Linear
     config: str                                     # training steps of configs/{gpt,ngpt}_<config>.py ...
     flags: tuple[str, ...]                          # ... and these flags
+    kept: tuple[int, int, int]                      # tokens, channels in and out of the Linear that keeps
     widths: tuple[int, ...]                         # layer: channels; on a GPU the paper's
     length: int                                     # layer: tokens
 
 
 SIZES = {
-    "cpu": Sizes(torch.float32, 4096, (4096, 1024), 2048, (2048, 2048), "tiny", (), (128, 256, 512), 256),
-    "cuda": Sizes(torch.bfloat16, 8192, (16384, 4096), 8192, (16384, 4096), "124m",
-                  ("--gradient_accumulation_steps=1",), (1536, 3072, 6144, 12288, 24576, 49152), 8192),
+    "cpu": Sizes(
+        dtype=torch.float32, matrix=4096, stream=(4096, 1024), product=2048, linear=(2048, 2048),
+        config="tiny", flags=(), kept=(1024, 512, 256), widths=(128, 256, 512), length=256),
+    "cuda": Sizes(
+        dtype=torch.bfloat16, matrix=8192, stream=(16384, 4096), product=8192, linear=(16384, 4096),
+        config="124m", flags=("--gradient_accumulation_steps=1",), kept=(1024, 512, 256),
+        widths=(1536, 3072, 6144, 12288, 24576, 49152), length=8192),
 }
+
+
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def name_of(dtype):
@@ -190,12 +199,12 @@ def hypersphere_rows(device, sizes, copy):
 
 def matmul_rows(device, sizes):
     """A matmul in bf16, the bound of all GEMMs, and of packed codes."""
-    n = sizes.product
-    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    n, dtype = sizes.product, nvfp4.gemm_dtype(device, torch.bfloat16)          # fp32 without bf16 units
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     qa, qb = quantize(a), quantize(b)
     times = kernel_ms([lambda: a @ b.t(), lambda: matmul(qa, qb, torch.bfloat16)], device)
     rows = [make_row(f"matmul {n} x {n} x {n}: {name}", ms, 2 * n**3, "TFLOP/s")
-            for name, ms in zip(("bf16", "packed codes"), times, strict=True)]
+            for name, ms in zip((SHORT[dtype], "packed codes"), times, strict=True)]
     compare(rows[1:], percent_of=rows[0], ratio_to=rows[0])
     return rows
 
@@ -255,15 +264,16 @@ def training_step(c):
 
 def training_rows(device, sizes, product):
     """nGPT's training step in high precision and by recipe, and GPT's in high precision."""
-    cases = [("ngpt", "bf16", "bf16", ()), ("ngpt", "ngpt", "ngpt", ()), ("ngpt", "nvfp4", "nvfp4", ()),
-             ("gpt", "bf16", "bf16", ())]
-    if device.type == "cpu":
-        cases.insert(0, ("ngpt", "fp32", "bf16", ("--dtype=float32",)))
+    cases = [("ngpt", "bf16", "auto"), ("ngpt", "ngpt", "auto"), ("ngpt", "nvfp4", "auto"),
+             ("gpt", "bf16", "auto")]
+    if device.type == "cpu" and nvfp4.cpu_has_bf16():
+        cases.insert(0, ("ngpt", "bf16", "float32"))
     peak, first = train.peak_flops(device), None
-    for arch, name, recipe, flags in cases:
+    for arch, recipe, dtype in cases:
         c = train.load_config([str(REPO / f"configs/{arch}_{sizes.config}.py"), *sizes.flags,
-                               f"--device={device.type}", f"--recipe={recipe}", *flags])
+                               f"--device={device.type}", f"--recipe={recipe}", f"--dtype={dtype}"])
         step, model = training_step(c)
+        name = recipe if c.fp4.gemms else SHORT[train.choose_device(c)[1]]
         tokens = c.gradient_accumulation_steps * c.batch_size * c.model.block_size
         flops = tokens * flops_per_token(model)
         ms, = median_ms([step], device, REPEAT_STEPS)
@@ -285,6 +295,7 @@ def kept_bytes(layer, tokens):
     input: what the layer itself holds (weight, quantized weight, keys, signs), and bf16 copies of the weight
     by autocast. In high precision that leaves the input; in FP4 its codes, block scales and s_dec.
     """
+    assert tokens not in layer.weight.shape, "the input would be taken for a copy of the weight"
     device, saved = layer.weight.device, []
     x = torch.randn(tokens, layer.in_features, device=device, dtype=torch.bfloat16)
     dy = torch.randn(tokens, layer.out_features, device=device, dtype=torch.bfloat16)
@@ -306,10 +317,10 @@ def kept_bytes(layer, tokens):
     return sum(n for pointer, n in storages.items() if pointer not in left_out) / x.numel()
 
 
-def kept_rows(device):
-    rows = []
+def kept_rows(device, sizes):
+    (tokens, K, N), rows = sizes.kept, []
     for recipe in ("bf16", "nvfp4", "ngpt"):
-        kept = kept_bytes(make_linear(recipe, 512, 256, device), tokens=1024)
+        kept = kept_bytes(make_linear(recipe, K, N, device), tokens)
         rows.append({"what": f"kept by a Linear for its backward: {recipe}", "rate": kept,
                      "unit": "bytes a value"})
     compare(rows[1:], percent_of=rows[0])
@@ -325,7 +336,7 @@ def benchmark(device, sizes):
     yield from products
     yield from linear_rows(device, sizes, product=products[0])
     yield from training_rows(device, sizes, product=products[0])
-    yield from kept_rows(device)
+    yield from kept_rows(device, sizes)
 
 
 # ---------------------------------------------------------------- one transformer layer, by width
@@ -359,8 +370,8 @@ def layer_step(arch, recipe, width, length, device, dtype):
 
 
 def time_layer(arch, recipe, width, length, device, dtype):
-    """Milliseconds in BF16 and in FP4, REPETITIONS each, timed in turn; None where it does not fit into
-    memory."""
+    """Milliseconds in high precision and in FP4, REPETITIONS each, timed in turn; None where it does not fit
+    into memory."""
     try:
         runs = [layer_step(arch, name, width, length, device, dtype) for name in ("bf16", recipe)]
         times = time_in_turn(runs, device, REPETITIONS)
@@ -375,16 +386,16 @@ def mean_and_spread(values):
 
 
 def layer_rows(device, dtype, sizes):
-    """{arch, width, recipe, bf16_ms, fp4_ms, speedup}, the last three as [mean, spread over repetitions], or
-    None where the layer does not fit into memory."""
+    """{arch, width, recipe, high_ms, fp4_ms, speedup}, the last three as [mean, spread over repetitions], or
+    None where the layer does not fit into memory; high: in dtype."""
     for width, (arch, recipe) in itertools.product(sizes.widths, train.OWN_RECIPE.items()):
         gc.collect()                                # compiled models are cycles, which hold their weights
         times = time_layer(arch, recipe, width, sizes.length, device, dtype)
-        found = dict.fromkeys(("bf16_ms", "fp4_ms", "speedup"))
+        found = dict.fromkeys(("high_ms", "fp4_ms", "speedup"))
         if times:
-            bf16, fp4 = times
-            speedup = [a / b for a, b in zip(bf16, fp4, strict=True)]
-            found = {"bf16_ms": mean_and_spread(bf16), "fp4_ms": mean_and_spread(fp4),
+            high, fp4 = times
+            speedup = [a / b for a, b in zip(high, fp4, strict=True)]
+            found = {"high_ms": mean_and_spread(high), "fp4_ms": mean_and_spread(fp4),
                      "speedup": mean_and_spread(speedup)}
         yield {"arch": arch, "width": width, "recipe": recipe, **found}
 
@@ -392,7 +403,7 @@ def layer_rows(device, dtype, sizes):
 def print_layer_row(row):
     def cell(name, digits):
         return "+-".join(f"{value:.{digits}f}" for value in row[name]) if row[name] else "-"
-    print(f"  {row['width']:6d}  {row['arch']:5s}  {row['recipe']:6s}  {cell('bf16_ms', 2):>16s}  "
+    print(f"  {row['width']:6d}  {row['arch']:5s}  {row['recipe']:6s}  {cell('high_ms', 2):>16s}  "
           f"{cell('fp4_ms', 2):>16s}  {cell('speedup', 2):>12s}", flush=True)
 
 
@@ -404,10 +415,11 @@ def introduce(capability, emulated):
 
 
 def introduce_layer(sizes, dtype):
-    print(f"one layer, forward + backward, {sizes.length} tokens, activations in {name_of(dtype)}; "
-          f"milliseconds and BF16 / FP4,\n+- the standard deviation over {REPETITIONS} repetitions of "
-          f"{ITERATIONS} steps; -: does not fit into memory\n")
-    print(f"  {'width':>6s}  {'model':5s}  {'recipe':6s}  {'BF16, ms':>16s}  {'FP4, ms':>16s}  "
+    high = SHORT[dtype]
+    print(f"one layer, forward + backward, {sizes.length} tokens; speedup: time in {high} / time in FP4; +- "
+          f"standard deviation\nover {REPETITIONS} repetitions of {ITERATIONS} steps; -: does not fit into "
+          f"memory\n")
+    print(f"  {'width':>6s}  {'model':5s}  {'recipe':6s}  {high + ', ms':>16s}  {'FP4, ms':>16s}  "
           f"{'speedup':>12s}")
 
 

@@ -324,9 +324,9 @@ CFGS = {"ngpt": RECIPES["ngpt"], "nvfp4": replace(RECIPES["nvfp4"], tail=0.0),
 @pytest.mark.parametrize("cfg", [RECIPES["nvfp4"], replace(RECIPES["ngpt"], skip=("*out",))])
 def test_every_fp4_layer_is_recorded_and_left_as_it_was(cfg):
     model = converted(cfg)
-    layers = analyze.fp4_layers(model)
+    layers = analyze.named_layers(model)
     found = analyze.record(model, [batch(0), batch(1)], 40)
-    assert found.keys() == layers.keys() != analyze.fp4_layers(converted(replace(cfg, tail=1.0))).keys()
+    assert found.keys() == layers.keys() != analyze.named_layers(converted(replace(cfg, tail=1.0))).keys()
     for name, (x, xq) in found.items():
         assert x.shape == xq.shape == (40, layers[name].in_features)
         assert layers[name].fp4 and not layers[name]._forward_pre_hooks
@@ -341,7 +341,7 @@ def test_measured_snr_is_that_of_the_fp4_layer(name):
             tenth; rotated operands are rounded to fp32, 5 operations each
     """
     model, batches = converted(CFGS[name], "ngpt" if name == "ngpt" else "gpt"), [batch(0), batch(1)]
-    layer = analyze.fp4_layers(model)["blocks.2.mixer.qkv"]
+    layer = analyze.named_layers(model)["blocks.2.mixer.qkv"]
     x, xq = analyze.record(model, batches, 64)["blocks.2.mixer.qkv"]
     assert len(x) == 64
     probes, terms, channels = analyze.measure(layer, x, xq, 96)

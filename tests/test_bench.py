@@ -1,0 +1,233 @@
+"""Proofs for tests/bench.py: its rows follow from amounts and times, with times made up and everything run
+once at a small size; the bytes that a layer keeps are exact.
+"""
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
+
+import bench  # noqa: E402
+import nvfp4  # noqa: E402
+import train  # noqa: E402
+from nvfp4 import FORMATS, RECIPES, FP4Config, FP4Linear  # noqa: E402
+
+CPU = torch.device("cpu")
+TINY = bench.Sizes(
+    dtype=torch.float32, matrix=64, stream=(32, 48), product=80, linear=(96, 48), config="tiny",
+    flags=("--n_layer=1", "--n_embd=32", "--n_head=2", "--n_ffn=64", "--block_size=32", "--vocab_size=128",
+           "--batch_size=2"), kept=(64, 32, 48), widths=(16, 32), length=16)
+
+
+@pytest.fixture(autouse=True)
+def small_and_eager(monkeypatch):
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)                        # so little work is slower on more
+    monkeypatch.setattr(nvfp4, "can_compile", lambda kind: False)
+    monkeypatch.setattr(train, "choose_device", lambda c, local_rank=0: (CPU, torch.float32))
+    monkeypatch.setattr(bench, "SIZES", {"cpu": TINY})
+    for name, value in {"WARM_UP": 1, "REPETITIONS": 3, "ITERATIONS": 1}.items():
+        monkeypatch.setattr(bench, name, value)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def made_up_times(monkeypatch):
+    """Every function runs once; the first is said to take 2 ms, the next 3, and so on."""
+    clock = itertools.count(2)
+
+    def time_in_turn(functions, device, repeat):
+        for function in functions:
+            function()
+        return [[float(next(clock))] * repeat for _ in functions]
+    monkeypatch.setattr(bench, "time_in_turn", time_in_turn)
+
+
+# ---------------------------------------------------------------- the rows
+
+def amounts(high):
+    """{row: bytes or FLOPs}, counted by hand."""
+    matrix, linear = "64 x 64 float32: ", "Linear(48, 48), 96 tokens, forward + backward: "
+    found = {matrix + name: 64 * 64 * width for name, width in {
+        "copy into place": 4 + 4, "x.clone()": 4 + 4, "quantize, fixed amax": 4 + 0.5625,
+        "quantize": 4 + 4 + 0.5625, "quantize, stochastic": 4 + 4 + 0.5625,
+        "quantize rows and rotated columns, stochastic": 4 + 4 + 2 * 0.5625,
+        "quantize, decoded": 4 + 4 + 2, "quantize, decoded, stochastic": 4 + 4 + 2}.items()}
+    found["32 x 48 float32: nGPT's step, forward + backward"] = 32 * 48 * 26
+    found |= {f"matmul 80 x 80 x 80: {name}": 2 * 80**3 for name in (high, "packed codes")}
+    found |= {linear + name: 3 * 2 * 96 * 48 * 48 for name in ("float32", "nvfp4", "ngpt")}
+    attention = 6 * (3 * 32 * 32 + 32 * 32) + 12 * 32 * 32                      # weights, and 32 positions
+    per_token = attention + 6 * 2 * 32 * 64 + 6 * 32 * 128
+    for case in ("ngpt_tiny, 64 tokens: fp32", "ngpt_tiny, 64 tokens: ngpt", "ngpt_tiny, 64 tokens: nvfp4",
+                 "gpt_tiny, 64 tokens: fp32"):
+        found[f"training step of {case}"] = 64 * per_token
+    return found
+
+
+def follows(row, amount):
+    """Whether its rate is amount over its time."""
+    per_second = amount / (1e-3 * row["ms"])
+    return row["rate"] == pytest.approx(per_second / {"GB/s": 1e9, "TFLOP/s": 1e12}[row["unit"]], rel=1e-12)
+
+
+def in_percent_of(row, bound):
+    return row["percent"] == pytest.approx(100 * row["rate"] / bound["rate"], rel=1e-12)
+
+
+@pytest.mark.parametrize("bf16", (False, True))
+def test_rows_follow_from_amounts_and_times(bf16, made_up_times, monkeypatch):
+    monkeypatch.setattr(nvfp4, "cpu_has_bf16", lambda: bf16)
+    rows = list(bench.benchmark(CPU, TINY))
+    high = "bf16" if bf16 else "fp32"
+    want, timed = amounts(high), [row for row in rows if "ms" in row]
+    assert {row["what"] for row in timed} == set(want)
+    for row in timed:
+        assert follows(row, want[row["what"]]), row
+        assert not follows(row | {"rate": 0.98 * row["rate"]}, want[row["what"]])           # controls
+        assert not follows(row | {"ms": row["ms"] + 1}, want[row["what"]])
+    by = {row["what"]: row for row in rows}
+    bounds = {"GB/s": "64 x 64 float32: copy into place", "TFLOP/s": f"matmul 80 x 80 x 80: {high}"}
+    for row in timed:
+        bound = by[bounds[row["unit"]]]
+        if row is bound:
+            assert "percent" not in row
+            continue
+        assert row["percent_of"] == bound["what"] and in_percent_of(row, bound), row
+        others = [other for other in timed if other["rate"] != bound["rate"]]
+        assert not any(in_percent_of(row, other) for other in others)           # control: the wrong bound
+
+
+def test_ratios_are_of_times(made_up_times):
+    rows = list(bench.benchmark(CPU, TINY))
+    by = {row["what"]: row for row in rows}
+    compared = [row for row in rows if "ratio" in row]
+    for row in compared:
+        assert row["ratio"] == row["ms"] / by[row["ratio_to"]]["ms"] != 1, row
+    pairs = {(row["what"].rpartition(": ")[2], row["ratio_to"].rpartition(": ")[2]) for row in compared}
+    assert {("quantize", "x.clone()"), ("packed codes", bench.SHORT[nvfp4.gemm_dtype(CPU, torch.bfloat16)]),
+            ("nvfp4", "float32"), ("ngpt", "fp32")} <= pairs
+    assert not any(row["what"].startswith("training step of gpt") for row in compared)
+
+
+def test_functions_are_timed_in_turn():
+    calls = []
+    functions = [lambda name=name: calls.append(name) for name in "abc"]
+    times = bench.time_in_turn(functions, CPU, repeat=4)
+    assert "".join(calls) == "abc" * (bench.WARM_UP + 4)
+    assert [len(ms) for ms in times] == [4, 4, 4] and all(ms > 0 for ms in sum(times, []))
+
+
+# ---------------------------------------------------------------- what a layer keeps
+
+K, N, TOKENS = 128, 64, 256                          # of x (TOKENS, K) and the weight (N, K)
+S_DEC = 4                                           # bytes of the tensor scale, one for all of x
+BF16_BYTES = 2
+
+
+def kept(layer):
+    return bench.kept_bytes(layer, TOKENS)
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if RECIPES[name].gemms])
+def test_what_a_layer_keeps_for_its_backward(recipe):
+    """Codes and scales of its input, and one s_dec; in nvfp4 more than 3.5 times less than bf16."""
+    bits = FORMATS[RECIPES[recipe].format].bits
+    found = kept(bench.make_linear(recipe, K, N, CPU))
+    assert found == bits / 8 + S_DEC / (TOKENS * K)
+    assert kept(bench.make_linear("bf16", K, N, CPU)) == BF16_BYTES > 3.5 * found
+    if RECIPES[recipe].format == "nvfp4":
+        assert bits == 4 + 8 / 16
+
+
+def test_what_is_counted_as_kept(monkeypatch):
+    """Controls: wgrad in high precision keeps x itself; without a gradient of the weight nothing is kept; and
+    keys, signs and the quantized weight are left out only because the layer holds them anyway."""
+    linear = torch.nn.Linear(K, N, bias=False)
+    assert kept(FP4Linear(linear, FP4Config(gemms=("fprop", "dgrad")))) == BF16_BYTES
+    frozen = bench.make_linear("nvfp4", K, N, CPU)
+    frozen.weight.requires_grad_(False)
+    assert kept(frozen) == 0
+    save = nvfp4.save
+
+    def save_copies(ctx, *operands):
+        save(ctx, *(nvfp4.from_tensors([t.clone() for t in nvfp4.tensors_of(q)]) for q in operands))
+    monkeypatch.setattr(nvfp4, "save", save_copies)
+    keys, signs, s_dec_of_w = 6 * 2 * 8, 16 * 4, 4  # its decoded columns count as a copy of the weight
+    want = 4.5 / 8 + (S_DEC + keys + signs + s_dec_of_w) / (TOKENS * K)
+    assert kept(bench.make_linear("nvfp4", K, N, CPU)) == want
+
+
+# ---------------------------------------------------------------- a layer by width
+
+def test_layer_rows():
+    rows = list(bench.layer_rows(CPU, torch.float32, TINY))
+    assert [(row["width"], row["arch"], row["recipe"]) for row in rows] == [
+        (width, arch, recipe) for width in (16, 32) for arch, recipe in train.OWN_RECIPE.items()]
+    for row in rows:
+        assert all(row[name][0] > 0 and row[name][1] >= 0 for name in ("high_ms", "fp4_ms", "speedup"))
+    json.dumps(rows)
+
+
+def test_speedup_is_high_precision_over_fp4(monkeypatch):
+    monkeypatch.setattr(bench, "ITERATIONS", 2)
+    monkeypatch.setattr(bench, "time_in_turn", lambda *_: [[2.0, 4.0, 6.0], [4.0, 4.0, 4.0]])
+    row = next(bench.layer_rows(CPU, torch.float32, TINY))
+    assert row["high_ms"] == [2, 1] and row["fp4_ms"] == [2, 0] and row["speedup"] == [1, 0.5]
+
+
+def test_a_layer_that_does_not_fit_is_null(monkeypatch, capsys):
+    layer_step = bench.layer_step
+
+    def small_memory(arch, recipe, width, *others):
+        if width > 16:
+            raise torch.OutOfMemoryError
+        return layer_step(arch, recipe, width, *others)
+    monkeypatch.setattr(bench, "layer_step", small_memory)
+    bench.main(["layer", "--json"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["speedup"] is None for row in rows] == [False, False, True, True]
+    bench.print_layer_row(rows[-1])
+    assert capsys.readouterr().out.split() == ["32", "ngpt", "ngpt", "-", "-", "-"]
+
+
+# ---------------------------------------------------------------- the command
+
+def test_tables_and_json_hold_the_same_rows(made_up_times, capsys):
+    for command in ([], ["layer"]):
+        bench.main([*command, "--json"])
+        result = json.loads(capsys.readouterr().out)
+        assert result["capability"] == nvfp4.capability(CPU) and result["emulated"] is True
+        bench.main(command)
+        said = capsys.readouterr().out
+        assert said.startswith(result["capability"]) and "emulation" in said
+        table = said.splitlines()[-len(result["rows"]):]
+        for row, line in zip(result["rows"], table, strict=True):
+            names = [row["what"]] if "what" in row else [str(row["width"]), row["arch"], row["recipe"]]
+            assert all(name in line for name in names), line
+
+
+def test_help_is_the_docstring(capsys):
+    bench.main(["-h"])
+    assert capsys.readouterr().out.strip() == bench.__doc__.strip()
+
+
+@pytest.mark.parametrize("wrong", (["--jsn"], ["layers"], ["layer", "512"], ["--json", "x"]), ids=" ".join)
+def test_wrong_arguments_are_named(wrong):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(wrong)
+    message = stopped.value.code
+    assert message.startswith(f"tests/bench.py: {wrong[-1]}: ") and "\n" not in message
+
+
+def test_a_wrong_argument_ends_the_process():
+    finished = subprocess.run([sys.executable, "tests/bench.py", "--jsn"], capture_output=True, text=True,
+                              cwd=REPO, timeout=100)
+    assert finished.returncode == 1 and finished.stdout == ""
+    assert finished.stderr.startswith("tests/bench.py: --jsn") and finished.stderr.count("\n") == 1
