@@ -423,14 +423,17 @@ def spread(values):
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def summary(rows, by, how):
-    """Rows that agree in the fields by as one row: these fields, and how() of every other float."""
+def summary(rows, by, reduce):
+    """One row for all rows that agree in the fields named in by: those fields, and of every other float
+    reduce(list of its values)."""
     groups = {}
     for row in rows:
         groups.setdefault(tuple(row[k] for k in by), []).append(row)
-    return [dict(zip(by, key, strict=True)) | {
-        k: how([row[k] for row in mine]) for k, v in mine[0].items() if isinstance(v, float) and k not in by}
-        for key, mine in groups.items()]
+    found = []
+    for key, mine in groups.items():
+        numbers = [k for k, v in mine[0].items() if isinstance(v, float) and k not in by]
+        found.append(dict(zip(by, key, strict=True)) | {k: reduce([row[k] for row in mine]) for k in numbers})
+    return found
 
 
 def over_seeds(rows, *by):

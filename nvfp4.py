@@ -139,7 +139,7 @@ class Format:
 
 def block_amax(blocks):
     """Largest magnitude of each block, fp32: (M/h, h, K/block, block) -> (M/h, 1, K/block, 1)."""
-    return blocks.abs().amax((1, 3), keepdim=True).float()
+    return blocks.float().abs().amax((1, 3), keepdim=True)
 
 
 def e4m3_scales(blocks, s_enc, target):
