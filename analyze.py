@@ -380,7 +380,8 @@ def read_runs(folders):
         free = NO_MATTER if a["kind"]["recipe"] == b["kind"]["recipe"] else (*NO_MATTER, "recipe", "fp4_")
         differ = [k for k, v in a["config"].items() if b["config"].get(k) != v and not k.startswith(free)]
         if differ and all(a["kind"][k] == b["kind"][k] for k in ("arch", "width")):
-            raise UserError(f"{a['run']} and {b['run']} differ in {differ[0]}; analyse them one at a time")
+            raise UserError(f"{a['run']} and {b['run']} differ in {differ[0]}; analyse them one at a "
+                            "time, or give the second choice a recipe of its own")
     return runs
 
 

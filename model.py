@@ -39,7 +39,7 @@ from data.tokens import data_folder, load_tokenizer
 class ModelConfig:
     arch: Literal["gpt", "ngpt"] = "ngpt"           # gpt: pre-norm transformer; ngpt: normalized transformer
     n_layer: int = 4                                # transformer layers, each "*-", where pattern is None
-    pattern: str | None = None                      # mixers: * attention, - MLP; None: "*-" * n_layer
+    pattern: str | None = None                      # letters of GPT.mixers in order; None: "*-" * n_layer
     n_embd: int = 256                               # channels of the residual stream
     n_head: int = 4                                 # query heads
     n_kv_head: int | None = None                    # key/value heads (GQA); None: n_head

@@ -110,7 +110,8 @@ class Format:
 
     scales  function of (blocks, s_enc, target), with blocks (M/h, h, K/block, block) and h = 1, or h = block
             where they are square: for each block the scale (M/h, 1, K/block, 1) that brings s_enc times its
-            largest magnitude to target; fp32, but exact in scale_dtype; NaN for a block with NaN or Inf
+            largest magnitude to target; fp32, but exact in scale_dtype; NaN for a block with NaN or Inf.
+            It is compiled: no branches on values in it
     """
     name: str
     block: int                                      # values in a row that share a scale
@@ -179,9 +180,10 @@ def power_of_two(exponent, amax_b):
 
 FORMATS = {f.name: f for f in (
     # 2509.25149. Rounding a scale to E4M3 can enlarge x / scale by 17/16: hence 6 * 16/17 (2601.22813).
-    Format("nvfp4", 16, torch.float8_e4m3fn, e4m3_scales, E4M3_MAX, E2M1_MAX * 16 / 17, kernels=True),
-    Format("mxfp4", 32, torch.float8_e8m0fnu, e8m0_scales, None, E2M1_MAX),
-    Format("mxfp4_floor", 32, torch.float8_e8m0fnu, e8m0_floor_scales, None, None),
+    Format("nvfp4", 16, torch.float8_e4m3fn, e4m3_scales, top=E4M3_MAX, unbiased=E2M1_MAX * 16 / 17,
+           kernels=True),
+    Format("mxfp4", 32, torch.float8_e8m0fnu, e8m0_scales, top=None, unbiased=E2M1_MAX),
+    Format("mxfp4_floor", 32, torch.float8_e8m0fnu, e8m0_floor_scales, top=None, unbiased=None),
 )}
 
 
@@ -1569,8 +1571,8 @@ def compiled(definition):
 
 def run_fused(definition, x, *args):
     """The work of fused()."""
-    if not COMPILER["on"] or not can_compile(x.device.type):
-        return definition(x, *args)
+    if torch.compiler.is_compiling() or not COMPILER["on"] or not can_compile(x.device.type):
+        return definition(x, *args)                 # when one of them calls another, both are one pass
     torch._dynamo.config.specialize_float = True    # constants stay constants
     torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
     return compiled(definition)(x, *args)
