@@ -84,7 +84,7 @@ def chosen(case, n):
                        for h, size in zip(how, shape, strict=True))
 
 
-@pytest.mark.parametrize("n", (2, pytest.param(6, marks=pytest.mark.long)), ids=("36 of 96", "all 96"))
+@pytest.mark.parametrize("n", (1, pytest.param(6, marks=pytest.mark.long)), ids=("18 of 96", "all 96"))
 @pytest.mark.parametrize("kind, dtype", CASES, ids=str)
 def test_quantize_kernel_is_the_definition(kind, dtype, n):
     """Codes, scales, s_dec and values, of rows and columns at once. The shapes: one row; K = 16; tiles not
@@ -98,13 +98,14 @@ def test_quantize_kernel_is_the_definition(kind, dtype, n):
 
 
 def test_every_combination_of_options_occurs():
-    """All 96 along rows and along columns, and a third of them with every kind of trouble."""
-    for side in (1, 2):
+    """All 96 along rows and along columns, and 18 of them with every kind of trouble; with it all in the
+    long run."""
+    for side, (n, each) in product((1, 2), ((1, 18), (6, 96))):
         met = {kind: set() for kind, _ in CASES}
         for i, (kind, _) in enumerate(CASES):
             met[kind] |= {tuple(torch.is_tensor(v) or v for v in choice[side].values())
-                          for choice in chosen(i, 2)}
-        assert len(set().union(*met.values())) == 96 and min(map(len, met.values())) >= 32, side
+                          for choice in chosen(i, n)}
+        assert len(set().union(*met.values())) == 96 and min(map(len, met.values())) >= each, side
 
 
 @pytest.mark.parametrize("change", (

@@ -858,10 +858,11 @@ FIXED, KEY = torch.tensor(SIGNS, dtype=FP32), torch.tensor(nvfp4.stream_key(SEED
     (BF16, False, {"stochastic": True, "seed": KEY, "unbiased": True, "decode": BF16}, {"unbiased": False}),
     (FP32, True, {"signs": FIXED}, {"signs": FIXED.flip(0)}),
     (BF16, True, {"stochastic": True, "seed": KEY, "signs": FIXED, "decode": FP32}, {"seed": KEY + 1}),
-    *((BF16, False, {"format": name, "stochastic": True, "seed": KEY}, {"seed": KEY + 1})
-      for name in FORMATS if name != "nvfp4")),
+    (BF16, False, {"format": "mxfp4", "stochastic": True, "seed": KEY}, {"seed": KEY + 1}),
+    *(pytest.param(BF16, False, {"format": name, "stochastic": True, "seed": KEY}, {"seed": KEY + 1},
+                   marks=pytest.mark.long) for name in FORMATS if name not in ("nvfp4", "mxfp4"))),
     ids=("codes", "weight", "codes, 16x16, stochastic", "dgrad.dy", "wgrad.x, rotated", "wgrad.dy, rotated",
-         *(name for name in FORMATS if name != "nvfp4")))
+         "mxfp4", *(name for name in FORMATS if name not in ("nvfp4", "mxfp4"))))
 def test_compiled_is_eager(dtype, turned, options, other, monkeypatch):
     """Bit for bit on every kind of input; turned: x^T as it lies in memory is a contiguous x^T. Few cases:
     they take half a minute to compile."""
