@@ -76,15 +76,15 @@ SHAPES = (1, 16), (37, 48), (80, 112), (65, 16), (16, 80), (128, 64)
 
 
 def chosen(case, n):
-    """(shape, rows, columns), n of each shape: from a place of its own on, a case takes every fifth of
+    """(shape, rows, columns), n of each shape: from a place of its own on, a case takes every twentieth of
     OPTIONS, for columns others than for rows; square blocks only where they fit."""
     for i, (shape, _) in enumerate(product(SHAPES, range(n))):
-        how = [OPTIONS[(17 * case + 5 * i + 41 * side) % len(OPTIONS)] for side in (0, 1)]
+        how = [OPTIONS[(case + 20 * i + 41 * side) % len(OPTIONS)] for side in (0, 1)]
         yield shape, *(h | {"square": h["square"] and size % BLOCK == 0}
                        for h, size in zip(how, shape, strict=True))
 
 
-@pytest.mark.parametrize("n", (1, pytest.param(6, marks=pytest.mark.long)), ids=("18 of 96", "all 96"))
+@pytest.mark.parametrize("n", (1, pytest.param(6, marks=pytest.mark.long)), ids=("6 choices", "36 choices"))
 @pytest.mark.parametrize("kind, dtype", CASES, ids=str)
 def test_quantize_kernel_is_the_definition(kind, dtype, n):
     """Codes, scales, s_dec and values, of rows and columns at once. The shapes: one row; K = 16; tiles not
@@ -98,14 +98,14 @@ def test_quantize_kernel_is_the_definition(kind, dtype, n):
 
 
 def test_every_combination_of_options_occurs():
-    """All 96 along rows and along columns, and 18 of them with every kind of trouble; with it all in the
-    long run."""
-    for side, (n, each) in product((1, 2), ((1, 18), (6, 96))):
+    """In the README's command all 96 along columns and 94 along rows, where square blocks fit half the
+    heights; in the long run all along both. Each kind of trouble meets 18, in the long run 70."""
+    for side, n, occur, each in (1, 1, 94, 18), (2, 1, 96, 18), (1, 6, 96, 70), (2, 6, 96, 70):
         met = {kind: set() for kind, _ in CASES}
         for i, (kind, _) in enumerate(CASES):
             met[kind] |= {tuple(torch.is_tensor(v) or v for v in choice[side].values())
                           for choice in chosen(i, n)}
-        assert len(set().union(*met.values())) == 96 and min(map(len, met.values())) >= each, side
+        assert len(set().union(*met.values())) == occur and min(map(len, met.values())) >= each, (side, n)
 
 
 @pytest.mark.parametrize("change", (
