@@ -51,6 +51,8 @@ class ModelConfig:
     rope_base: float = 10000.0                      # base of the rotary positions; 0: no positions
     init_std: float | None = None                   # of weights; None: 0.02 (gpt) or 1/sqrt(n_embd) (ngpt)
     normalize_inputs: bool = True                   # ngpt: unit-norm inputs for output projections as well
+    s_z_init: float = 1.0                           # ngpt: what multiplies the cosines, at the start
+    alpha_init: float = 0.05                        # ngpt: size of a step on the sphere, at the start
 
     def resolve(self):
         """The config with every None that depends on other fields filled in; checks that the sizes fit."""
@@ -70,6 +72,8 @@ class ModelConfig:
                     init_std=self.init_std or (0.02 if self.arch == "gpt" else self.n_embd**-0.5))
         if c.init_std <= 0 or c.rope_base < 0:
             raise ValueError(f"init_std={c.init_std} must be > 0 and rope_base={c.rope_base} >= 0")
+        if not 0 < c.s_z_init < math.inf or not 0 < c.alpha_init < math.inf:
+            raise ValueError(f"s_z_init={c.s_z_init} and alpha_init={c.alpha_init} must be positive numbers")
         if c.n_head % c.n_kv_head:
             raise ValueError(f"n_head={c.n_head} must be a multiple of n_kv_head={c.n_kv_head}")
         if c.head_dim % 2 and c.rope_base:
@@ -333,15 +337,16 @@ def hypersphere_step(h, f, a):
 class HypersphereBlock(nn.Module):
     """h <- unit(h + |a| (unit(f(h)) - h)): a step from h towards the mixer's output, back onto the sphere.
 
-    a is learned, one per channel, and starts at 0.05. The stream h has norm 1 before and after. Because f's
-    output is normalized, scaling its last GEMM's input changes nothing: normalize_inputs changes the range,
-    not the model. source: 2605.06067 appendix A
+    a is learned, one per channel, and starts at alpha_init: 2410.01131's 0.05 is meant for 20 layers and
+    more, and "about 1 / layers" in general. The stream h has norm 1 before and after. Because f's output is
+    normalized, scaling its last GEMM's input changes nothing: normalize_inputs changes the range, not the
+    model. source: 2605.06067 appendix A
     """
 
     def __init__(self, c, mixer):
         super().__init__()
         self.mixer = mixer
-        self.alpha = Scale(c.n_embd, init=0.05, stored=c.init_std)
+        self.alpha = Scale(c.n_embd, init=c.alpha_init, stored=c.init_std)
 
     def forward(self, h):
         return hypersphere_step(h, self.mixer(h), self.alpha())
@@ -357,7 +362,8 @@ class NGPT(GPT):
     def __init__(self, config):
         super().__init__(config)
         self.norm = nn.Identity()                   # the stream is normalized already
-        self.s_z = Scale(self.config.vocab_size, init=1.0, stored=self.config.init_std)
+        c = self.config                             # s_z learns at one speed, wherever it starts
+        self.s_z = Scale(c.vocab_size, init=c.s_z_init, stored=c.s_z_init * c.init_std)
         self.normalize_()
 
     def logits(self, h):
