@@ -301,7 +301,7 @@ def random_bytes(key, x):
     M, n = x.shape[0], x.shape[1] // PHILOX_BYTES
     index = torch.arange(M * n, device=x.device).view(M, n)
     if lies_transposed(x):                          # then its bytes are to lie like it, for speed
-        return random_words(key, index.t().contiguous()).view(torch.uint8).transpose(0, 1)
+        return bytes_turned(key, index.t().contiguous()).permute(2, 0, 1)
     return random_words(key, index).view(torch.uint8)                           # little-endian: w[0] first
 
 
@@ -351,7 +351,9 @@ class Quantized(NamedTuple):
 
     def decode(self, dtype=torch.bfloat16):
         """code * scale, (M, K) in dtype, exact in bf16."""
-        scales = self.scales.float().repeat_interleave(len(self.codes) // len(self.scales), 0)
+        height, scales = len(self.codes) // len(self.scales), self.scales.float()
+        if height > 1:                              # each row's: (M, K/block)
+            scales = scales.repeat_interleave(height, 0)
         return unpack(self.codes, scales, dtype).flatten(1)
 
     def dequantize(self, dtype=torch.float32):
@@ -416,7 +418,7 @@ def tensor_amax(x, amax=None):
     """The number that fixes the tensor scale, () fp32 on x's device: given, or the largest magnitude."""
     if amax is not None:
         return torch.full((), float(amax), device=x.device)
-    low, high = torch.aminmax(x)
+    low, high = torch.aminmax(x.t() if lies_transposed(x) else x)               # as it lies in memory
     return torch.maximum(-low, high).float()
 
 
@@ -427,7 +429,7 @@ def pack(codes):
 
 def unpack(codes, scales, dtype):
     """The reverse, times scales (M, K/block) fp32: code * scale (M, K/block, block) in dtype."""
-    values = []
+    values, codes = [], codes.int()                 # bytes would not be vectorized
     for nibble in (codes & 15, codes >> 4):
         code = (nibble & 7).float()                 # the grid is the largest of three straight lines
         value = torch.maximum(torch.maximum(0.5 * code, code - 2), 2 * code - 8)
@@ -1590,6 +1592,13 @@ def lay_out_like(x, scale):
     return scale.transpose(0, 1).contiguous().transpose(0, 1) if lies_transposed(x) else scale
 
 
+def bytes_turned(key, index):
+    """The bytes of random_words(key, index) for index (K/16, M): (K/16, 16, M)."""
+    zero = torch.zeros_like(index)
+    words = philox(index & MASK32, index >> 32, zero, zero, key[0], key[1])
+    return torch.stack([(words[j // 4] >> 8 * (j % 4) & 255).to(torch.uint8) for j in range(16)], 1)
+
+
 def stack_last(parts):
     """torch.stack(parts, -1) of matrices, but in memory as they are."""
     if lies_transposed(parts[0]):
@@ -1694,7 +1703,7 @@ def fixed_s_dec(format, amax, unbiased):
     form = FORMATS[format]
     if form.top is not None and amax is None:
         return None
-    return float(tensor_scales(tensor_amax(torch.ones(()), amax), form.top, form.target(unbiased))[1])
+    return float(tensor_scales(tensor_amax(torch.ones(1, 1), amax), form.top, form.target(unbiased))[1])
 
 
 @torch.compiler.assume_constant_result
@@ -1775,8 +1784,8 @@ ACCELERATED = {"quantize": accelerate_quantize, "quantize_both": accelerate_quan
                "matmul": accelerate_matmul}
 
 # From here on these names, in the lesson too, mean what was made of its functions above.
-find_scales, round_blocks, random_words, rotate, pack, unpack, scale_result = map(fused, (
-    find_scales, round_blocks, random_words, rotate, pack, unpack, scale_result))
+find_scales, round_blocks, random_words, bytes_turned, rotate, pack, unpack, scale_result = map(fused, (
+    find_scales, round_blocks, random_words, bytes_turned, rotate, pack, unpack, scale_result))
 quantize, quantize_both, matmul = map(accelerated, (quantize, quantize_both, matmul))
 
 
