@@ -36,6 +36,7 @@ import itertools
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -241,14 +242,20 @@ def saturated(x, how):
 
 # ---------------------------------------------------------------- recording
 
+SILENCE = 10                                        # seconds without a line where there is no terminal
+
+
 def progress(items, what):
-    """The items, with a bar on the terminal meanwhile."""
-    items = list(items)
+    """The items, with a bar on the terminal meanwhile; elsewhere a line now and then."""
+    items, said = list(items), time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
         if sys.stderr.isatty():
             print(f"\r{what} [{'=' * (30 * done // len(items)):30s}] {done}/{len(items)}", file=sys.stderr,
                   end="\n" if done == len(items) else "", flush=True)
+        elif done == len(items) or time.monotonic() - said > SILENCE:
+            said = time.monotonic()
+            print(f"{what} {done}/{len(items)}", file=sys.stderr, flush=True)
 
 
 def as_multiplied(x, how):
@@ -396,11 +403,13 @@ def analyse(folder, o):
     starts = val_starts(len(val), c.model.block_size, (4, c.batch_size))
     batches = [batch_at(val, s, c.model.block_size, device) for s in starts]
 
+    few = batch_at(val, starts[:, ::4].flatten(), c.model.block_size, device)   # flatness takes many losses
+
     @torch.no_grad()
-    def loss(model):
+    def loss(model, batches):
         return float(sum(model(*batch).double() for batch in batches) / len(batches))
-    growth, kind = flatness(model, loss, seed=o.seed), read_run(folder)["kind"]
-    whole = {"quantized_as": recipe, "loss": loss(model), "growth": sum(growth) / len(growth)}
+    growth, kind = flatness(model, lambda model: loss(model, [few]), seed=o.seed), read_run(folder)["kind"]
+    whole = {"quantized_as": recipe, "loss": loss(model, batches), "growth": sum(growth) / len(growth)}
     nvfp4.convert(model, cfg, report=lambda line: None)
     layers = named_layers(model)
     if not layers:
