@@ -164,6 +164,7 @@ def memory_rows(device, sizes):
         ("quantize, fixed amax", lambda: quantize(x, amax=1.0), read + packed),
         ("quantize", lambda: quantize(x), 2 * read + packed),
         ("quantize, stochastic", lambda: quantize(x, **random), 2 * read + packed),
+        ("quantize columns, stochastic", lambda: quantize(x.t(), **random), 2 * read + packed),
         ("quantize rows and rotated columns, stochastic",
          lambda: quantize_both(x, choices(**random), rotated), 2 * read + 2 * packed),
         ("quantize, decoded", lambda: quantize(x, **decoded), 2 * read + 2),
@@ -231,14 +232,18 @@ def linear_step(layer, x, dy):
 
 
 def linear_rows(device, sizes, product):
-    """A linear layer, in high precision and by recipe: three GEMMs of 2 FLOPs a weight and token."""
+    """A linear layer, in high precision and by recipe: three GEMMs of 2 FLOPs a weight and token. By recipe
+    with the activations that train.py has on the device, in bf16 where there are units for it."""
     tokens, width = sizes.linear
-    x, dy = torch.randn(2, tokens, width, device=device, dtype=sizes.dtype)
-    cases = {name_of(sizes.dtype): "bf16", "nvfp4": "nvfp4", "ngpt": "ngpt"}
-    steps = [linear_step(make_linear(recipe, width, width, device), x, dy) for recipe in cases.values()]
+    operands = torch.randn(2, tokens, width, device=device, dtype=sizes.dtype)
+    trained = nvfp4.gemm_dtype(device, torch.bfloat16)
+    cases = [(name_of(dtype), "bf16", dtype) for dtype in dict.fromkeys((sizes.dtype, trained))]
+    cases += [(recipe, recipe, trained) for recipe in ("nvfp4", "ngpt")]
+    steps = [linear_step(make_linear(recipe, width, width, device), *operands.to(dtype))
+             for _, recipe, dtype in cases]
     rows = [make_row(f"Linear({width}, {width}), {tokens} tokens, forward + backward: {name}", ms,
                      6 * tokens * width * width, "TFLOP/s")
-            for name, ms in zip(cases, median_ms(steps, device, REPEAT_STEPS), strict=True)]
+            for (name, *_), ms in zip(cases, median_ms(steps, device, REPEAT_STEPS), strict=True)]
     compare(rows, percent_of=product)
     compare(rows[1:], ratio_to=rows[0])
     return rows

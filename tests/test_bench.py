@@ -58,11 +58,13 @@ def amounts(high):
     found = {matrix + name: 64 * 64 * width for name, width in {
         "copy into place": 4 + 4, "x.clone()": 4 + 4, "quantize, fixed amax": 4 + 0.5625,
         "quantize": 4 + 4 + 0.5625, "quantize, stochastic": 4 + 4 + 0.5625,
+        "quantize columns, stochastic": 4 + 4 + 0.5625,
         "quantize rows and rotated columns, stochastic": 4 + 4 + 2 * 0.5625,
         "quantize, decoded": 4 + 4 + 2, "quantize, decoded, stochastic": 4 + 4 + 2}.items()}
     found["32 x 48 float32: nGPT's step, forward + backward"] = 32 * 48 * 26
     found |= {f"matmul 80 x 80 x 80: {name}": 2 * 80**3 for name in (high, "packed codes")}
-    found |= {linear + name: 3 * 2 * 96 * 48 * 48 for name in ("float32", "nvfp4", "ngpt")}
+    linears = {"float32", {"bf16": "bfloat16", "fp32": "float32"}[high], "nvfp4", "ngpt"}
+    found |= {linear + name: 3 * 2 * 96 * 48 * 48 for name in linears}
     attention = 6 * (3 * 32 * 32 + 32 * 32) + 12 * 32 * 32                      # weights, and 32 positions
     per_token = attention + 6 * 2 * 32 * 64 + 6 * 32 * 128
     for case in ("ngpt_tiny, 64 tokens: fp32", "ngpt_tiny, 64 tokens: ngpt", "ngpt_tiny, 64 tokens: nvfp4",
