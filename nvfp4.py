@@ -288,8 +288,9 @@ def as_key(seed, device):
     return torch.tensor([seed & MASK32, (seed >> 32) & MASK32], device=device)
 
 
-def random_words(key, index):
-    """Philox at every counter in index (int64, any shape): 16 bytes each, as two int64, (..., 2)."""
+def random_words(key, M, n):
+    """Philox at the counters 0, 1, 2, ... of a matrix (M, n): 16 bytes each, as two int64, (M, n, 2)."""
+    index = torch.arange(M * n, device=key.device).view(M, n)
     zero = torch.zeros_like(index)
     w = philox(index & MASK32, index >> 32, zero, zero, key[0], key[1])
     return torch.stack([w[0] | w[1] << 32, w[2] | w[3] << 32], -1)
@@ -299,10 +300,9 @@ def random_bytes(key, x):
     """A uint8 for every element of x (M, K): (M, K/16, 16). The counter of 16 neighbours in a row is their
     position in the matrix, so no byte serves two elements."""
     M, n = x.shape[0], x.shape[1] // PHILOX_BYTES
-    index = torch.arange(M * n, device=x.device).view(M, n)
     if lies_transposed(x):                          # then its bytes are to lie like it, for speed
-        return bytes_turned(key, index.t().contiguous()).permute(2, 0, 1)
-    return random_words(key, index).view(torch.uint8)                           # little-endian: w[0] first
+        return bytes_turned(key, M, n).permute(2, 0, 1)
+    return random_words(key, M, n).view(torch.uint8)                            # little-endian: w[0] first
 
 
 # ---------------------------------------------------------------- the random Hadamard transform
@@ -1592,8 +1592,9 @@ def lay_out_like(x, scale):
     return scale.transpose(0, 1).contiguous().transpose(0, 1) if lies_transposed(x) else scale
 
 
-def bytes_turned(key, index):
-    """The bytes of random_words(key, index) for index (K/16, M): (K/16, 16, M)."""
+def bytes_turned(key, M, n):
+    """The bytes of random_words(key, M, n), turned: (n, 16, M)."""
+    index = torch.arange(M * n, device=key.device).view(M, n).t()
     zero = torch.zeros_like(index)
     words = philox(index & MASK32, index >> 32, zero, zero, key[0], key[1])
     return torch.stack([(words[j // 4] >> 8 * (j % 4) & 255).to(torch.uint8) for j in range(16)], 1)
