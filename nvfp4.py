@@ -933,11 +933,11 @@ def _upcast(x):
 
 @triton.jit
 def _pieces(R, C, pid_m, pid_n, PIECE: tl.constexpr, TILE: tl.constexpr):
-    """Offsets of the first PIECE elements of all row blocks, (TILE, TILE/16, PIECE), and what is inside."""
-    offs_m = pid_m * TILE + tl.arange(0, TILE)[:, None, None]
-    offs_n = pid_n * TILE + 16 * tl.arange(0, TILE // 16)[None, :, None]
-    offs = offs_m.to(tl.int64) * C + offs_n + tl.arange(0, PIECE)[None, None, :]
-    return offs, tl.broadcast_to((offs_m < R) & (offs_n < C), offs.shape)
+    """Offsets of the first PIECE elements of every row block, and what is inside: (TILE, TILE/16 * PIECE)."""
+    n = tl.arange(0, TILE // 16 * PIECE)[None, :]
+    offs_m = pid_m * TILE + tl.arange(0, TILE)[:, None]
+    offs_n = pid_n * TILE + n // PIECE * 16 + n % PIECE
+    return offs_m.to(tl.int64) * C + offs_n, (offs_m < R) & (offs_n < C)
 
 
 @triton.jit
@@ -986,7 +986,7 @@ def _store_blocks(out_ptr, v, R, C, pid_m, pid_n, COLUMNS: tl.constexpr, TILE: t
                     pair = tl.join(piece[i], piece[i + (PIECE >> level + 1)])
                     joined = joined + (tl.reshape(pair, (TILE, TILE // 16, 2 << level)),)
                 piece = joined
-            tl.store(out_ptr + offs + first, piece[0], mask=mask)
+            tl.store(out_ptr + offs + first, tl.reshape(piece[0], offs.shape), mask=mask)
     else:
         offs_m = pid_m * TILE + 16 * tl.arange(0, TILE // 16)[:, None]
         offs_n = pid_n * TILE + tl.arange(0, TILE)[None, :]

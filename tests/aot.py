@@ -106,17 +106,21 @@ def configurations(chip):
                    nvfp4.REGISTERS_OPTIONS)
 
 
-def executed(sass):
+def parsed(sass):
+    """cuobjdump's listing as (place, guard, name, operands) of each instruction."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z]\w*)([^;]*);", sass)
+    return [(int(place, 16), *others) for place, *others in lines]
+
+
+def executed(code):
     """The instructions that a thread executes, by name, on the shortest way through a kernel without loops.
 
     There are branches around the rare cases of a division and around the one store of a single program; the
     shortest way takes neither. An instruction that a predicate may switch off counts, for it is issued.
     """
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z]\w*)([^;]*);", sass)
     names, jumps, rest = {}, {}, {}                 # rest: (instructions until the end, next place)
     after = None
-    for place, guard, name, operands in reversed(found):
-        place = int(place, 16)
+    for place, guard, name, operands in reversed(code):
         names[place], next_places = name, [after]
         if name == "BRA":
             jumps[place] = int(re.search("0x([0-9a-f]+)", operands)[1], 16)
@@ -138,15 +142,17 @@ def executed(sass):
     return counts
 
 
-def floors(chip, counts, registers, types, constants):
+def floors(chip, code, registers, types, constants):
     """What limits a quantize or amax kernel: instructions a value of x, by pipe, and the least microseconds
-    that its arithmetic and its memory take for a matrix of SIZE x SIZE."""
+    that its arithmetic and its memory take for a matrix of SIZE x SIZE. What threads wait for counts wherever
+    it stands in the code."""
+    counts, anywhere = executed(code), collections.Counter(name for _, _, name, _ in code)
     pipes = {pipe: sum(n for name, n in counts.items() if re.fullmatch(names.replace(" ", "|"), name))
              for pipe, names in PIPES.items()} | {"all": counts.total()}
     values, threads = nvfp4.TILE ** 2, 32 * nvfp4.QUANTIZE_OPTIONS["num_warps"]
     result = {"per_value": {pipe: round(n * threads / values, 2) for pipe, n in pipes.items()},
-              "barriers": counts["BAR"], "shared_accesses": counts["LDS"] + counts["STS"],
-              "fences": counts["MEMBAR"] + counts["CCTL"]}
+              "barriers": anywhere["BAR"], "shared_accesses": anywhere["LDS"] + anywhere["STS"],
+              "fences": anywhere["MEMBAR"] + anywhere["CCTL"]}
     if chip not in CARDS:
         return result
     card = CARDS[chip]
@@ -187,7 +193,7 @@ def facts(place):
                 for fact in ("REG", "STACK", "LOCAL")},
              "shared": binary.metadata.shared}
     if not name.startswith("matmul"):
-        found |= floors(chip, executed(sass), found["reg"], types, constants)
+        found |= floors(chip, parsed(sass), found["reg"], types, constants)
     return name, chip, found
 
 

@@ -334,10 +334,10 @@ LISTING = """
 def test_instructions_are_counted_on_the_shortest_way():
     """The branches around the call and around the first store are taken; what a predicate may switch off
     counts; nothing does after the end. A loop is refused."""
-    from aot import executed
-    assert executed(LISTING) == {"FMUL": 1, "BRA": 2, "FADD": 1, "LOP3": 1, "EXIT": 2, "STG": 1}
+    from aot import executed, parsed
+    assert executed(parsed(LISTING)) == {"FMUL": 1, "BRA": 2, "FADD": 1, "LOP3": 1, "EXIT": 2, "STG": 1}
     with pytest.raises(AssertionError, match="a loop"):
-        executed(LISTING.replace("0x0070", "0x0010"))
+        executed(parsed(LISTING.replace("0x0070", "0x0010")))
 
 
 # ---------------------------------------------------------------- torch sees through the operators
