@@ -1113,12 +1113,12 @@ def _word(codes, v, FIRST: tl.constexpr):
     for j in tl.static_range(FIRST + 7, FIRST - 1, -1):
         word = (word << 4) | codes[j].to(tl.uint32)
         signs = (signs << 4) | (v[j].to(tl.uint32, bitcast=True) >> 28)
-    return word | (signs & 0x88888888)
+    return word | (signs & 0x88888888)              # of each four bits the first is the sign
 
 
 @triton.jit
 def _word_ptx(v, inverse, random, FIRST: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """The same by the chip's conversions, from the elements."""
+    """The same by the chip's conversions, from the elements; they turn what lies beyond 6 into 6."""
     u = ()
     for j in tl.static_range(FIRST, FIRST + 8):
         u = u + (v[j] * inverse,)
