@@ -272,7 +272,7 @@ def test_kernels_compile_to_the_chip_s_instructions(chip):
     for name, facts in table.items():
         said = " ".join(facts["instructions"])
         assert facts["stack"] == facts["local"] == 0 < facts["reg"], name
-        assert 0 <= facts["shared"] <= SHARED_MEMORY[chip], name
+        assert facts["shared"] <= SHARED_MEMORY[chip] and (facts["shared"] > 0 or name in ROWS), name
         if name.startswith("matmul"):
             assert (TENSOR_CORES[chip] in said) == (int(chip) < 100 or "native" in name), name
         stochastic = any(word in name for word in ("dy", "stochastic")) and "software" not in name
