@@ -913,10 +913,12 @@ def scale_result(y, alpha, dtype):
 # ---------------------------------------------------------------- quantize: Triton
 # In one pass over x, and one before it where the largest magnitude is wanted. A program owns a tile of x and
 # looks at its blocks as 16 tensors, v[j] holding element j of every block, so that what happens inside a
-# block - maximum, butterflies, packing - is arithmetic between registers. Row blocks come from splitting the
-# loaded tile four times in halves, column blocks (COLUMNS: the row blocks of x^T) from loading every 16th
-# row; the second reading of a tile finds it in the cache. All rounding is by fp32 and integer arithmetic, the
-# same everywhere; chips with instructions for it use them (PTX, below).
+# block - maximum, butterflies, packing - is arithmetic between registers of one thread. Row blocks are loaded
+# in pieces of 16 bytes, the most that a thread loads at once, and split in halves down to elements; column
+# blocks (COLUMNS: the row blocks of x^T) by every 16th row; the second reading of a tile finds it in the
+# cache. Threads meet in shared memory only to turn the codes of columns around before they are stored, for
+# the maximum of a square block, whose lines two warps hold, and for that of a tile. All rounding is by fp32
+# and integer arithmetic, the same everywhere; chips with instructions for it use them (PTX, below).
 
 TILE = 64                                           # a program's tile of x is TILE x TILE
 QUANTIZE_OPTIONS = {"num_warps": 4, "maxnreg": 168}  # left alone, ptxas spills on sm_100, with 80 registers
@@ -932,54 +934,68 @@ def _upcast(x):
 
 
 @triton.jit
+def _pieces(R, C, pid_m, pid_n, PIECE: tl.constexpr, TILE: tl.constexpr):
+    """Offsets of the first PIECE elements of every row block, and what is inside: (TILE, TILE/16 * PIECE)."""
+    n = tl.arange(0, TILE // 16 * PIECE)[None, :]
+    offs_m = pid_m * TILE + tl.arange(0, TILE)[:, None]
+    offs_n = pid_n * TILE + n // PIECE * 16 + n % PIECE
+    return offs_m.to(tl.int64) * C + offs_n, (offs_m < R) & (offs_n < C)
+
+
+@triton.jit
 def _load_blocks(x_ptr, R, C, pid_m, pid_n, COLUMNS: tl.constexpr, TILE: tl.constexpr):
     """16 fp32 tensors: (TILE, TILE/16) of row blocks, (TILE/16, TILE) of COLUMNS; zeros beyond the edge."""
-    offs_n = pid_n * TILE + tl.arange(0, TILE)
+    v = ()
     if not COLUMNS:
-        offs_m = pid_m * TILE + tl.arange(0, TILE)
-        mask = (offs_m < R)[:, None] & (offs_n < C)[None, :]
-        x = tl.load(x_ptr + offs_m[:, None].to(tl.int64) * C + offs_n[None, :], mask=mask, other=0.0)
-        halves = (_upcast(x),)
-        for level in tl.static_range(4):            # by the lowest bit of j, then the next, ...
-            even, odd = (), ()
-            for i in tl.static_range(1 << level):
-                a, b = tl.split(tl.reshape(halves[i], (TILE, TILE // 16, 8 >> level, 2)))
-                even, odd = even + (a,), odd + (b,)
-            halves = even + odd
-        v = ()
-        for j in tl.static_range(16):
-            v = v + (tl.reshape(halves[j], (TILE, TILE // 16)),)
-        return v
+        PIECE: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+        LEVELS: tl.constexpr = 3 if PIECE == 8 else 2
+        offs, mask = _pieces(R, C, pid_m, pid_n, PIECE, TILE)
+        for first in tl.static_range(0, 16, PIECE):
+            piece = (_upcast(tl.load(x_ptr + offs + first, mask=mask, other=0.0)),)
+            for level in tl.static_range(LEVELS):   # by the lowest bit of j, then the next, ...
+                even, odd = (), ()
+                for i in tl.static_range(1 << level):
+                    a, b = tl.split(tl.reshape(piece[i], (TILE, TILE // 16, PIECE >> level + 1, 2)))
+                    even, odd = even + (a,), odd + (b,)
+                piece = even + odd
+            for j in tl.static_range(PIECE):
+                v = v + (tl.reshape(piece[j], (TILE, TILE // 16)),)
     else:
-        offs_m = pid_m * TILE + 16 * tl.arange(0, TILE // 16)
-        v = ()
+        offs_m = pid_m * TILE + 16 * tl.arange(0, TILE // 16)[:, None]
+        offs_n = pid_n * TILE + tl.arange(0, TILE)[None, :]
+        ptrs = x_ptr + offs_m.to(tl.int64) * C + offs_n
         for j in tl.static_range(16):
-            mask = (offs_m + j < R)[:, None] & (offs_n < C)[None, :]
-            offs = (offs_m + j)[:, None].to(tl.int64) * C + offs_n[None, :]
-            v = v + (_upcast(tl.load(x_ptr + offs, mask=mask, other=0.0)),)
-        return v
+            mask = (offs_m < R - j) & (offs_n < C)
+            v = v + (_upcast(tl.load(ptrs, mask=mask, other=0.0)),)
+            ptrs += C
+    return v
 
 
 @triton.jit
 def _store_blocks(out_ptr, v, R, C, pid_m, pid_n, COLUMNS: tl.constexpr, TILE: tl.constexpr):
     """The reverse of _load_blocks."""
-    offs_n = pid_n * TILE + tl.arange(0, TILE)
     if not COLUMNS:
-        for level in tl.static_range(4):
-            joined = ()
-            for i in tl.static_range(8 >> level):
-                pair = tl.join(v[i], v[i + (8 >> level)])
-                joined = joined + (tl.reshape(pair, (TILE, TILE // 16, 2 << level)),)
-            v = joined
-        offs_m = pid_m * TILE + tl.arange(0, TILE)
-        mask = (offs_m < R)[:, None] & (offs_n < C)[None, :]
-        tl.store(out_ptr + offs_m[:, None].to(tl.int64) * C + offs_n[None, :], tl.reshape(v[0], (TILE, TILE)),
-                 mask=mask)
+        PIECE: tl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
+        LEVELS: tl.constexpr = 3 if PIECE == 8 else 2
+        offs, mask = _pieces(R, C, pid_m, pid_n, PIECE, TILE)
+        for first in tl.static_range(0, 16, PIECE):
+            piece = ()
+            for j in tl.static_range(PIECE):
+                piece = piece + (v[first + j],)
+            for level in tl.static_range(LEVELS):
+                joined = ()
+                for i in tl.static_range(PIECE >> level + 1):
+                    pair = tl.join(piece[i], piece[i + (PIECE >> level + 1)])
+                    joined = joined + (tl.reshape(pair, (TILE, TILE // 16, 2 << level)),)
+                piece = joined
+            tl.store(out_ptr + offs + first, tl.reshape(piece[0], offs.shape), mask=mask)
     else:
-        offs_m = pid_m * TILE + 16 * tl.arange(0, TILE // 16)
-        mask = (offs_m < R)[:, None] & (offs_n < C)[None, :]                    # whole blocks: R is padded
-        for j in tl.static_range(16):
-            tl.store(out_ptr + (offs_m + j)[:, None].to(tl.int64) * C + offs_n[None, :], v[j], mask=mask)
+        offs_m = pid_m * TILE + 16 * tl.arange(0, TILE // 16)[:, None]
+        offs_n = pid_n * TILE + tl.arange(0, TILE)[None, :]
+        ptrs = out_ptr + offs_m.to(tl.int64) * C + offs_n
+        for j in tl.static_range(16):               # whole blocks: R is padded
+            tl.store(ptrs, v[j], mask=(offs_m < R) & (offs_n < C))
+            ptrs += C
 
 
 @triton.jit
@@ -1028,14 +1044,14 @@ def _amax_kernel(x_ptr, amax_ptr, row_signs_ptr, col_signs_ptr, R, C, PLAIN: tl.
     pid_m, pid_n = tl.program_id(0) // n, tl.program_id(0) % n
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     if PLAIN or COL:
-        v = _load_blocks(x_ptr, R, C, pid_m, pid_n, True, TILE)
+        v = _load_blocks(x_ptr, R, C, pid_m, pid_n, COL, TILE)
         if PLAIN:
-            tl.atomic_max(amax_ptr, tl.max(_magnitude(v, dtype)))
+            tl.atomic_max(amax_ptr, tl.max(_magnitude(v, dtype)), sem="relaxed")
         if COL:
-            tl.atomic_max(amax_ptr + 2, tl.max(_magnitude(_rotate(v, col_signs_ptr), dtype)))
+            tl.atomic_max(amax_ptr + 2, tl.max(_magnitude(_rotate(v, col_signs_ptr), dtype)), sem="relaxed")
     if ROW:
         v = _rotate(_load_blocks(x_ptr, R, C, pid_m, pid_n, False, TILE), row_signs_ptr)
-        tl.atomic_max(amax_ptr + 1, tl.max(_magnitude(v, dtype)))
+        tl.atomic_max(amax_ptr + 1, tl.max(_magnitude(v, dtype)), sem="relaxed")
 
 
 @triton.jit
@@ -1074,53 +1090,54 @@ def _e2m1_triton(a, random, STOCHASTIC: tl.constexpr):
     if STOCHASTIC:
         t = (a * 512.0).to(tl.int32)                # floor(256 * 2 a); halving it floors again
         return (tl.minimum(tl.minimum(t, (t >> 1) + 512), (t >> 2) + 1024) + random) >> 8
-    else:                                           # add the power of two whose last bit weighs a step at a
-        power = (tl.maximum(a, 1.0).to(tl.int32, bitcast=True) & 0x7F800000) + (22 << 23)
-        bits = (a + power.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
-        return (bits & 7) + (bits >> 22) - 298      # steps, and 2 for every doubling: 298 is 2^22's exponent
+    else:                                           # a sum beyond 2^23 is rounded to whole steps
+        fine = (2.0 * a + 8388608.0).to(tl.int32, bitcast=True)
+        middle = (a + 8388610.0).to(tl.int32, bitcast=True)
+        coarse = (0.5 * a + 8388612.0).to(tl.int32, bitcast=True)
+        return tl.minimum(tl.minimum(fine, middle), coarse) & 7
 
 
 @triton.jit
 def _codes(v, inverse, random, STOCHASTIC: tl.constexpr):
-    """The 16 codes of every block, int32 0..15; random: its four random words, uint32."""
+    """The 16 codes of every block without their signs, int32 0..7; random: its four random words, uint32."""
     codes = ()
     for j in tl.static_range(16):
         own = ((random[j // 4] >> (8 * (j % 4))) & 255).to(tl.int32) if STOCHASTIC else 0
-        sign = (v[j].to(tl.int32, bitcast=True) >> 28) & 8
-        codes = codes + (_e2m1_triton(tl.abs(v[j]) * inverse, own, STOCHASTIC) | sign,)
+        codes = codes + (_e2m1_triton(tl.abs(v[j]) * inverse, own, STOCHASTIC),)
     return codes
 
 
 @triton.jit
-def _word(codes, FIRST: tl.constexpr):
-    """8 of the 16 codes of every block, from FIRST on, as one int32 word."""
-    word = codes[FIRST]
-    for j in tl.static_range(1, 8):
-        word |= codes[FIRST + j] << (4 * j)
-    return word
+def _word(codes, v, FIRST: tl.constexpr):
+    """8 of the 16 codes of every block, from FIRST on, with the signs of v, as one uint32 word."""
+    word = tl.zeros_like(codes[0]).to(tl.uint32)
+    signs = word
+    for j in tl.static_range(FIRST + 7, FIRST - 1, -1):
+        word = (word << 4) | codes[j].to(tl.uint32)
+        signs = (signs << 4) | (v[j].to(tl.uint32, bitcast=True) >> 28)
+    return word | (signs & 0x88888888)              # of each four bits the first is the sign
 
 
 @triton.jit
 def _word_ptx(v, inverse, random, FIRST: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """The same by the chip's conversions, from the elements."""
+    """The same by the chip's conversions, from the elements; they turn what lies beyond 6 into 6."""
     u = ()
-    for j in tl.static_range(FIRST, FIRST + 8):     # the sign is put back, for a NaN has lost it
-        a = tl.minimum(tl.abs(v[j]) * inverse, 6.0).to(tl.int32, bitcast=True)
-        u = u + (a | (v[j].to(tl.int32, bitcast=True) & -2147483648),)
+    for j in tl.static_range(FIRST, FIRST + 8):
+        u = u + (v[j] * inverse,)
     if STOCHASTIC:                                  # byte k of a random word belongs to the k-th element
         return tl.inline_asm_elementwise(
             "{ .reg .b16 a, b; cvt.rs.satfinite.e2m1x4.f32 a, {$4, $3, $2, $1}, $9; "
             "cvt.rs.satfinite.e2m1x4.f32 b, {$8, $7, $6, $5}, $10; mov.b32 $0, {a, b}; }",
             "=r,r,r,r,r,r,r,r,r,r,r",
             [u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7], random[FIRST // 4], random[FIRST // 4 + 1]],
-            dtype=tl.int32, is_pure=True, pack=1)
+            dtype=tl.uint32, is_pure=True, pack=1)
     else:
         return tl.inline_asm_elementwise(
             "{ .reg .b8 a, b, c, d; cvt.rn.satfinite.e2m1x2.f32 a, $2, $1; "
             "cvt.rn.satfinite.e2m1x2.f32 b, $4, $3; cvt.rn.satfinite.e2m1x2.f32 c, $6, $5; "
             "cvt.rn.satfinite.e2m1x2.f32 d, $8, $7; mov.b32 $0, {a, b, c, d}; }",
             "=r,r,r,r,r,r,r,r,r", [u[0], u[1], u[2], u[3], u[4], u[5], u[6], u[7]],
-            dtype=tl.int32, is_pure=True, pack=1)
+            dtype=tl.uint32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -1174,13 +1191,16 @@ def _quantize_tile_kernel(x_ptr, out_ptr, scales_ptr, s_dec_ptr, amax_ptr, key_p
     # === elements ===
     random = (0, 0, 0, 0)
     if STOCHASTIC:
-        zero = tl.zeros_like(index).to(tl.uint32)
-        random = tl.philox_impl(index.to(tl.uint32), (index >> 32).to(tl.uint32), zero, zero,
+        # A magnitude has no sign. Counters made from it lie in the threads that hold v; made from index
+        # alone, the random bytes would have to get there through shared memory.
+        zero = (amax_b >> 31).to(tl.uint32)
+        random = tl.philox_impl(index.to(tl.uint32) + zero, (index >> 32).to(tl.uint32) + zero, zero, zero,
                                 tl.load(key_ptr).to(tl.uint32), tl.load(key_ptr + 1).to(tl.uint32))
     if DECODE:
         codes, values = _codes(v, inverse, random, STOCHASTIC), ()
         for j in tl.static_range(16):
-            value = _decode(codes[j]) * 8.507059173023462e37 * scale            # 2^126
+            sign = (v[j].to(tl.int32, bitcast=True) >> 28) & 8
+            value = _decode(codes[j] | sign) * 8.507059173023462e37 * scale     # 2^126
             values = values + (value.to(out_ptr.dtype.element_ty),)
         _store_blocks(out_ptr, values, R, C, pid_m, pid_n, COLUMNS, TILE)
     else:                                           # the codes of a block are one 64-bit word
@@ -1189,8 +1209,8 @@ def _quantize_tile_kernel(x_ptr, out_ptr, scales_ptr, s_dec_ptr, amax_ptr, key_p
             high = _word_ptx(v, inverse, random, 8, STOCHASTIC)
         else:
             codes = _codes(v, inverse, random, STOCHASTIC)
-            low, high = _word(codes, 0), _word(codes, 8)
-        word = (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
+            low, high = _word(codes, v, 0), _word(codes, v, 8)
+        word = low.to(tl.int64) | (high.to(tl.int64) << 32)
         tl.store(out_ptr + index, word, mask=inside)
 
 
