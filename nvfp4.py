@@ -1551,9 +1551,15 @@ def use_compiler(on):
 
 @functools.cache
 def can_compile(kind):
-    """Whether torch.compile works for a device type here (on CPU it needs a C++ compiler); says so if not."""
+    """Whether torch.compile works for a device type here; says so if not. On CPU it needs a C++ compiler; on
+    GPUs older than sm_89 it cannot cast to E4M3, which matters where no kernels do (before sm_80)."""
+    quantizes = not has_kernels(torch.device(kind))
+
+    def probe(x):                                   # the casts of the definition
+        scale = x.to(torch.float8_e4m3fn).float() if quantizes else x
+        return (x * scale).to(torch.bfloat16)
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(32, device=kind))
+        torch.compile(probe)(torch.zeros(32, device=kind))
         return True
     except Exception as error:
         why = f"{type(error).__name__}: " + str(error).strip().partition("\n")[0]
@@ -1569,12 +1575,19 @@ def compiled(definition):
                          options={"cpp.enable_tiling_heuristics": False})
 
 
+def set_up_compiler():
+    """Settings of torch.compile, in the thread that calls: torch keeps them thread by thread, and a backward
+    on a GPU has a thread of its own."""
+    torch._dynamo.config.specialize_float = True    # constants stay constants
+    # one function serves all blocks of a model, or all operands of a layer: more graphs than torch's 8
+    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+
+
 def run_fused(definition, x, *args):
     """The work of fused()."""
     if torch.compiler.is_compiling() or not COMPILER["on"] or not can_compile(x.device.type):
         return definition(x, *args)                 # when one of them calls another, both are one pass
-    torch._dynamo.config.specialize_float = True    # constants stay constants
-    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+    set_up_compiler()
     return compiled(definition)(x, *args)
 
 
