@@ -285,6 +285,7 @@ def as_key(seed, device):
     """A 64-bit integer, or the (2,) int64 tensor of its two words, as that tensor."""
     if torch.is_tensor(seed):
         return seed
+    refuse_capture(device, "an integer seed", "give as_key(seed, device), made before")         # part 3
     return torch.tensor([seed & MASK32, (seed >> 32) & MASK32], device=device)
 
 
@@ -351,14 +352,17 @@ class Quantized(NamedTuple):
 
     def decode(self, dtype=torch.bfloat16):
         """code * scale, (M, K) in dtype, exact in bf16."""
-        height, scales = len(self.codes) // len(self.scales), self.scales.float()
-        if height > 1:                              # each row's: (M, K/block)
-            scales = scales.repeat_interleave(height, 0)
+        scales = scales_of_lines(self.scales.float(), len(self.codes))
         return unpack(self.codes, scales, dtype).flatten(1)
 
     def dequantize(self, dtype=torch.float32):
         """code * scale * s_dec, (M, K), rounded once to fp32 and, where asked, once more to dtype."""
         return (self.decode().float() * self.s_dec).to(dtype)
+
+
+def scales_of_lines(scales, n_lines):
+    """Block scales (M/h, K/block) for every one of M = n_lines lines: (M, K/block)."""
+    return scales if len(scales) == n_lines else scales.repeat_interleave(n_lines // len(scales), 0)
 
 
 class Decoded(NamedTuple):
@@ -1231,8 +1235,14 @@ def _quantize_kernel(x_ptr, R, C, row_ptr, row_scales_ptr, row_s_dec_ptr, row_am
 
 
 @functools.cache
-def _constant(value, device):
+def _kept_constant(value, device):
     return torch.full((), value, device=device)
+
+
+def _constant(value, device):
+    """() fp32. What is made while a CUDA graph is captured is memory of the graph, filled by its replays: no
+    one else may keep it."""
+    return (_kept_constant.__wrapped__ if capturing(device) else _kept_constant)(value, device)
 
 
 def _current(device):
@@ -1292,7 +1302,8 @@ def _launch_quantize(x, rows, columns, ptx):
 
 
 # ---------------------------------------------------------------- GEMMs on packed codes
-# y = alpha * a b^T, tile by tile: the codes travel, 4.5 bits a value instead of 16.
+# y = alpha * a b^T by FP4 tensor cores. A chip without them decodes to memory: cuBLAS on bf16 is far faster
+# than a kernel that decodes the same codes again in every tile.
 
 
 @triton.jit
@@ -1314,46 +1325,11 @@ def _load_codes(codes_ptr, n_lines, K, offs_line, k, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _load_decoded(codes_ptr, scales_ptr, n_lines, K, offs_line, k, HEIGHT: tl.constexpr, LINES: tl.constexpr,
-                  BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
-    """code * scale * 2^-7 in DTYPE, (LINES, BLOCK_K): of _decode's 2^-126 as much is made good here as does
-    not overflow."""
-    codes = _load_codes(codes_ptr, n_lines, K, offs_line, k, BLOCK_K).to(tl.int32)
-    offs_b = k // 16 + tl.arange(0, BLOCK_K // 16)
-    mask = (offs_line < n_lines)[:, None] & (offs_b < K // 16)[None, :]
-    byte = tl.load(scales_ptr + (offs_line // HEIGHT)[:, None].to(tl.int64) * (K // 16) + offs_b[None, :],
-                   mask=mask, other=0).to(tl.int32)
-    scale = (byte << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36    # E4M3's bits: 2^-120 of it
-    scale = tl.where((byte & 0x7F) == 0x7F, float("nan"), scale * 6.64613997892458e35)      # 2^119
-    scale = tl.broadcast_to(scale[:, :, None], (LINES, BLOCK_K // 16, 8))
-    scale = tl.reshape(scale, (LINES, BLOCK_K // 2))
-    even, odd = _decode(codes) * scale, _decode(codes >> 4) * scale
-    return tl.reshape(tl.join(even.to(DTYPE), odd.to(DTYPE)), (LINES, BLOCK_K))
-
-
-@triton.jit
 def _store_product(y_ptr, y, a_s_dec_ptr, b_s_dec_ptr, M, N, offs_m, offs_n):
     """y * alpha, rounded once to the dtype of the result."""
     y = y * (tl.load(a_s_dec_ptr) * tl.load(b_s_dec_ptr))
     tl.store(y_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty),
              mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
-
-
-@triton.jit
-def _matmul_kernel(a_ptr, a_scales_ptr, a_s_dec_ptr, b_ptr, b_scales_ptr, b_s_dec_ptr, y_ptr, M, N, K,
-                   A_HEIGHT: tl.constexpr, B_HEIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
-                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
-    """Decoded in registers, multiplied by bf16 tensor cores (sm_80 to sm_90). a has blocks of A_HEIGHT lines.
-    """
-    pid_m, pid_n = _position(M, N, BLOCK_M, BLOCK_N)
-    offs_m, offs_n = pid_m * BLOCK_M + tl.arange(0, BLOCK_M), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        a = _load_decoded(a_ptr, a_scales_ptr, M, K, offs_m, k, A_HEIGHT, BLOCK_M, BLOCK_K, DTYPE)
-        b = _load_decoded(b_ptr, b_scales_ptr, N, K, offs_n, k, B_HEIGHT, BLOCK_N, BLOCK_K, DTYPE)
-        y = tl.dot(a, tl.trans(b), y)
-    y = y * 16384.0                                 # the rest of _decode's 2^-126, twice 2^7
-    _store_product(y_ptr, y, a_s_dec_ptr, b_s_dec_ptr, M, N, offs_m, offs_n)
 
 
 @triton.jit
@@ -1391,51 +1367,57 @@ def swizzle(scales, n_lines):
     returns (M/128, K/64, 32, 4, 4), zero-padded: of every 128 x 4 tile, rows r, r + 32, r + 64, r + 96 side
             by side. source: cuBLAS documentation, "1D block scaling factors layout"
     """
-    scales = scales.view(torch.uint8).repeat_interleave(n_lines // scales.shape[0], 0)
-    scales = F.pad(scales, (0, -scales.shape[1] % 4, 0, -n_lines % 128))
+    scales = scales_of_lines(scales.view(torch.uint8), n_lines)
+    if scales.shape[1] % 4 or n_lines % 128:
+        scales = F.pad(scales, (0, -scales.shape[1] % 4, 0, -n_lines % 128))
     tiles = scales.view(scales.shape[0] // 128, 4, 32, scales.shape[1] // 4, 4)
     return tiles.permute(0, 3, 2, 1, 4).contiguous().view(torch.float8_e4m3fn)
 
 
-REGISTERS_BLOCK = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
-HOPPER_BLOCK = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}  # more shared memory, for fewer decodings
-REGISTERS_OPTIONS = {"num_warps": 8, "num_stages": 3}
 NATIVE_BLOCK = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128}
 NATIVE_OPTIONS = {"num_warps": 8, "num_stages": 2}
 
 
-def _launch_matmul(kernel, a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype, block, **constants):
+def matmul_dot_scaled(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
+    """matmul() of codes by the FP4 units of sm_100, sm_103 and sm_120."""
     (M, K), N = (a.shape[0], 2 * a.shape[1]), b.shape[0]
     y = torch.empty((M, N), dtype=dtype, device=a.device)
-    grid = (triton.cdiv(M, block["BLOCK_M"]) * triton.cdiv(N, block["BLOCK_N"]),)
+    grid = (triton.cdiv(M, NATIVE_BLOCK["BLOCK_M"]) * triton.cdiv(N, NATIVE_BLOCK["BLOCK_N"]),)
     with _current(a.device):
-        kernel[grid](a.contiguous(), a_scales, a_s_dec, b.contiguous(), b_scales, b_s_dec, y, M, N, K,
-                     **block, **constants)
+        _matmul_native_kernel[grid](a.contiguous(), swizzle(a_scales, M), a_s_dec, b.contiguous(),
+                                    swizzle(b_scales, N), b_s_dec, y, M, N, K, **NATIVE_BLOCK,
+                                    **NATIVE_OPTIONS)
     return y
 
 
-def matmul_registers(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype, block=None, through=None):
-    """matmul() of codes on a GPU without FP4 units; through the tensor cores as bf16 (Triton's interpreter,
-    whose dot takes bf16 for integers, needs fp32 instead: the values are the same)."""
-    if block is None:
-        block = HOPPER_BLOCK if torch.cuda.get_device_capability(a.device)[0] == 9 else REGISTERS_BLOCK
-    heights = {"A_HEIGHT": a.shape[0] // a_scales.shape[0], "B_HEIGHT": b.shape[0] // b_scales.shape[0]}
-    a_scales, b_scales = (s.contiguous().view(torch.uint8) for s in (a_scales, b_scales))
-    return _launch_matmul(_matmul_kernel, a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype, block, **heights,
-                          DTYPE=through or tl.bfloat16, **REGISTERS_OPTIONS)
+LAST_STREAM = {}                                    # {"scaled_mm": the stream that called it last}
 
 
-def matmul_dot_scaled(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
-    """matmul() of codes by the FP4 units of sm_100, sm_103 and sm_120."""
-    return _launch_matmul(_matmul_native_kernel, a, swizzle(a_scales, a.shape[0]), a_s_dec, b,
-                          swizzle(b_scales, b.shape[0]), b_s_dec, dtype, NATIVE_BLOCK, **NATIVE_OPTIONS)
+def take_turns(device):
+    """Before each scaled_mm. torch copies its alpha, the two tensor scales, into 4 bytes of which the process
+    has one (get_user_alpha_ptr in CUDABlas.cpp): a stream must not write there before another has read.
+
+    Not seen here: streams within a CUDA graph, and graphs replayed side by side. Keep FP4 layers to one
+    stream there.
+    raises  RuntimeError on another GPU than the first, for the bytes are in that one's memory
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return
+    stream = torch.cuda.current_stream(device)
+    last = LAST_STREAM.setdefault("scaled_mm", stream)
+    if last.device != stream.device:
+        raise RuntimeError(f"torch's scaled_mm serves one GPU of a process, here {last.device}; torchrun "
+                           "gives each GPU a process")
+    if last != stream:
+        stream.wait_stream(last)
+    LAST_STREAM["scaled_mm"] = stream
 
 
 def matmul_scaled_mm(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
     """matmul() of codes by torch's own block-scaled matmul (cuBLAS), where the installed torch offers it."""
     from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
-    if a.shape[1] % 16 or b.shape[0] % 16:          # cuBLAS reads 16 bytes at a time, and writes 16 columns
-        return matmul_dot_scaled(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype)
+    if a.is_cuda:
+        take_turns(a.device)
     scaling = [ScalingType.BlockWise1x16, ScalingType.TensorWise]
     order = [SwizzleType.SWIZZLE_32_4_4, SwizzleType.NO_SWIZZLE]
     a, b = (t.contiguous().view(torch.float4_e2m1fn_x2) for t in (a, b))
@@ -1445,25 +1427,47 @@ def matmul_scaled_mm(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
 
 
 # ---------------------------------------------------------------- what the chip can do
-# Packed codes are multiplied by whichever of these a chip has; hardware() finds out.
 
-WAYS = {"scaled_mm": matmul_scaled_mm, "dot_scaled": matmul_dot_scaled, "registers": matmul_registers}
+class Way(NamedTuple):
+    """A way to multiply packed codes: matmul() of codes, and the shapes that it takes."""
+    matmul: Callable
+    k: int                                          # K must be a multiple of it
+    n: int                                          # the lines of b, too
+
+    def takes(self, a, b):
+        return a.shape[1] % self.k == 0 and b.shape[0] % self.n == 0
+
+
+WAYS = {                                            # the faster first
+    "scaled_mm": Way(matmul_scaled_mm, 32, 16),     # cuBLAS reads 16 bytes at a time, and writes 16 columns
+    "dot_scaled": Way(matmul_dot_scaled, 16, 1),
+}
 
 
 class Hardware(NamedTuple):
     """What a GPU's FP4 instructions are used for, because they were seen to agree with the lesson."""
     nearest: bool                                   # PTX cvt.rn.satfinite.e2m1x2
     stochastic: bool                                # PTX cvt.rs.satfinite.e2m1x4
-    matmul: str                                     # of WAYS; registers: no FP4 units
+    matmul: tuple[str, ...]                         # of WAYS; without any, operands are decoded for gemm()
+    refused: tuple[str, ...]                        # what the chip's generation has, and why it is not used
+
+
+# Tensor cores may add up with fewer bits than fp32 has. Hopper's keep 14 for products of 8-bit floats, the
+# fewest known (2412.19437 section 3.3.2). Granted that the 16 products of a block, small integers, are summed
+# exactly, a sum over K has K/16 of these sums and, with 64 products an instruction, K/64 partial ones. Each
+# is cut off by 2^-13 of the largest at most, and none exceeds sum |a||b|:
+ACCUMULATION_ERROR = (1 / 16 + 1 / 64) * 2**-13     # of sum |a||b|, for each of the K products
 
 
 @functools.cache
 def hardware(device):
     """Look at a GPU once: try the FP4 instructions that its generation has, and use those that agree with the
-    lesson: rounding bit for bit, products to 1e-5. Others are named on stderr."""
-    generation = torch.cuda.get_device_capability(device)[0]
-    x = torch.randn(204, 272, generator=torch.Generator().manual_seed(0)).bfloat16()   # edges, and many ties
+    lesson: rounding bit for bit, products to ACCUMULATION_ERROR. Others are named on stderr."""
+    refuse_capture(device, "the first look at a GPU", "quantize something before")              # part 3
+    generation, refused = torch.cuda.get_device_capability(device)[0], []
+    x = torch.randn(204, 288, generator=torch.Generator().manual_seed(0)).bfloat16()   # edges, and many ties
     x[:4] *= torch.tensor([0.0, 1e-6, 1e-39, 100.0])[:, None]
+    x[[5, -1]] = x[[5, -1]].abs()                   # their product is sum |a||b|, and shows a small error
 
     def agrees(what, check):
         try:
@@ -1472,6 +1476,7 @@ def hardware(device):
             why = "its result is not the definition's"
         except Exception as error:
             why = f"{type(error).__name__}: " + str(error).strip().partition("\n")[0]
+        refused.append(f"{what} ({why})")
         print(f"{torch.cuda.get_device_name(device)}: {what} is not used ({why})", file=sys.stderr)
         return False
 
@@ -1484,20 +1489,28 @@ def hardware(device):
         return True
 
     def multiplies(way):
-        for n in (112, 108):                        # lines of b
-            a, b = quantize.definition(x[:96], square=True), quantize.definition(x[-n:])
+        for K, n in ((288, 112), (272, 107)):       # shapes for every way, and what only some of them take
+            a, b = quantize.definition(x[:96, :K], square=True), quantize.definition(x[-n:, :K])
+            if not way.takes(a, b):
+                continue
             args = [t.to(device) for q in (a, b) for t in (q.codes, q.scales, q.s_dec)]
             a, b = a.dequantize().double(), b.dequantize().double()
             for dtype, rounding in ((torch.bfloat16, 2**-8), (torch.float32, 0)):
-                error = (way(*args, dtype).cpu().double() - a @ b.T).abs()
-                if not bool((error <= 1e-5 * (a.abs() @ b.abs().T) + rounding * (a @ b.T).abs()).all()):
+                error = (way.matmul(*args, dtype).cpu().double() - a @ b.T).abs()
+                bound = K * ACCUMULATION_ERROR * (a.abs() @ b.abs().T) + rounding * (a @ b.T).abs()
+                if not bool((error <= bound).all()):
                     return False
         return True
-    nearest = generation in (10, 12) and agrees("cvt.rn.satfinite.e2m1x2", lambda: rounds(False))
-    stochastic = generation == 10 and agrees("cvt.rs.satfinite.e2m1x4", lambda: rounds(True))  # not in sm_120
-    native = [way for way in ("scaled_mm", "dot_scaled")
-              if generation in (10, 12) and agrees(way, lambda way=way: multiplies(WAYS[way]))]
-    return Hardware(nearest, stochastic, (native or ["registers"])[0])
+    was = use_compiler(False)                       # the definition, once and small: not worth half a minute
+    try:
+        nearest = generation in (10, 12) and agrees("cvt.rn.satfinite.e2m1x2", lambda: rounds(False))
+        stochastic = generation == 10 and agrees(   # sm_120 has no such instruction
+            "cvt.rs.satfinite.e2m1x4", lambda: rounds(True))
+        ways = tuple(name for name, way in WAYS.items()
+                     if generation in (10, 12) and agrees(name, lambda way=way: multiplies(way)))
+    finally:
+        use_compiler(was)
+    return Hardware(nearest, stochastic, ways, tuple(refused))
 
 
 @functools.cache
@@ -1516,7 +1529,7 @@ def kernels_run(device, format):
 def decoded_dtype(device, format, result):
     """The dtype in which operands are decoded as they are quantized, for a GEMM with results of dtype result;
     None: they stay packed, because the device multiplies FP4 itself."""
-    if kernels_run(device, format) and hardware(device).matmul != "registers":
+    if kernels_run(device, format) and hardware(device).matmul:
         return None
     return gemm_dtype(device, result)
 
@@ -1528,13 +1541,15 @@ def capability(device=None, format="nvfp4"):
         chip = "sm_%d%d" % torch.cuda.get_device_capability(device)
         where, units = f"{torch.cuda.get_device_name(device)} ({chip})", "bf16 tensor cores"
         if kernels_run(device, format):
-            nearest, stochastic, way = hardware(device)
-            if way == "registers":
-                return f"{where} has no FP4 units: FP4 emulated, quantized by Triton kernels, GEMMs on " \
-                       f"exact values in {units}"
+            nearest, stochastic, ways, refused = hardware(device)
+            not_used = "; not used: " + ", ".join(refused) if refused else ""
+            if not ways:
+                why = "" if refused else " has no FP4 units"
+                return f"{where}{why}: FP4 emulated, quantized by Triton kernels, GEMMs on exact values in " \
+                       f"{units}{not_used}"
             by = ["software", "PTX"]
-            return f"{where}: FP4 GEMMs native, by {way}; rounding to nearest in {by[nearest]}, " \
-                   f"stochastic in {by[stochastic]}"
+            return f"{where}: FP4 GEMMs native, by {ways[0]}; rounding to nearest in {by[nearest]}, " \
+                   f"stochastic in {by[stochastic]}{not_used}"
         why = (f"; {format} has no kernels" if has_kernels(device)
                else "; the kernels need Triton and an NVIDIA GPU from sm_80 on")
     else:
@@ -1573,9 +1588,15 @@ def use_compiler(on):
 
 @functools.cache
 def can_compile(kind):
-    """Whether torch.compile works for a device type here (on CPU it needs a C++ compiler); says so if not."""
+    """Whether torch.compile works for a device type here; says so if not. On CPU it needs a C++ compiler; on
+    GPUs older than sm_89 it cannot cast to E4M3, which matters where no kernels do (before sm_80)."""
+    quantizes = not has_kernels(torch.device(kind))
+
+    def probe(x):                                   # the casts of the definition
+        scale = x.to(torch.float8_e4m3fn).float() if quantizes else x
+        return (x * scale).to(torch.bfloat16)
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(32, device=kind))
+        torch.compile(probe)(torch.zeros(32, device=kind))
         return True
     except Exception as error:
         why = f"{type(error).__name__}: " + str(error).strip().partition("\n")[0]
@@ -1591,12 +1612,19 @@ def compiled(definition):
                          options={"cpp.enable_tiling_heuristics": False})
 
 
+def set_up_compiler():
+    """Settings of torch.compile, in the thread that calls: torch keeps them thread by thread, and a backward
+    on a GPU has a thread of its own."""
+    torch._dynamo.config.specialize_float = True    # constants stay constants
+    # one function serves all blocks of a model, or all operands of a layer: more graphs than torch's 8
+    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+
+
 def run_fused(definition, x, *args):
     """The work of fused()."""
     if torch.compiler.is_compiling() or not COMPILER["on"] or not can_compile(x.device.type):
         return definition(x, *args)                 # when one of them calls another, both are one pass
-    torch._dynamo.config.specialize_float = True    # constants stay constants
-    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+    set_up_compiler()
     return compiled(definition)(x, *args)
 
 
@@ -1625,6 +1653,19 @@ def stack_last(parts):
     if lies_transposed(parts[0]):
         return torch.stack([part.t() for part in parts], 1).permute(2, 0, 1)
     return torch.stack(parts, -1)
+
+
+# ---------------------------------------------------------------- CUDA graphs
+
+def capturing(device):
+    """Whether a CUDA graph is being captured on a device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(device, what, remedy):
+    """raises RuntimeError where a CUDA graph is being captured: a copy from the host's memory cannot be."""
+    if capturing(device):
+        raise RuntimeError(f"{what} cannot be captured in a CUDA graph; {remedy}")
 
 
 # ---------------------------------------------------------------- operators, opaque to torch.compile
@@ -1657,7 +1698,18 @@ def from_tensors(tensors):
     return {1: lambda t: t, 2: Decoded, 3: Quantized}[len(tensors)](*tensors)
 
 
-@torch.library.custom_op("nvfp4::quantize", mutates_args=())
+def operator(name):
+    """Decorator: a function whose types torch knows becomes the operator nvfp4::name. torch.library.custom_op
+    says the same, but the checks that it makes in each call are a fifth of a layer's time on the host."""
+    def make(function):
+        torch.library.define(f"nvfp4::{name}", torch.library.infer_schema(function, mutates_args=()),
+                             tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(f"nvfp4::{name}", "CompositeExplicitAutograd", function)
+        return getattr(torch.ops.nvfp4, name).default
+    return make
+
+
+@operator("quantize")
 def _quantize_op(x: torch.Tensor,
                  row_format: str, row_square: bool, row_key: torch.Tensor | None, row_amax: float | None,
                  row_unbiased: bool, row_signs: torch.Tensor | None, row_decode: torch.dtype | None,
@@ -1671,7 +1723,7 @@ def _quantize_op(x: torch.Tensor,
     return (tensors_of(both.rows) if rows else []) + (tensors_of(both.columns) if columns else [])
 
 
-@_quantize_op.register_fake
+@torch.library.register_fake(_quantize_op)
 def _(x, *arguments):
     results = []
     for turned, how in ((False, from_operator(*arguments[:7])), (True, from_operator(*arguments[7:]))):
@@ -1693,7 +1745,7 @@ def _(x, *arguments):
     return results
 
 
-@torch.library.custom_op("nvfp4::matmul", mutates_args=())
+@operator("matmul")
 def _matmul_op(a: torch.Tensor, a_scales: torch.Tensor | None, a_s_dec: torch.Tensor, a_known: float | None,
                b: torch.Tensor, b_scales: torch.Tensor | None, b_s_dec: torch.Tensor, b_known: float | None,
                dtype: torch.dtype) -> torch.Tensor:
@@ -1703,7 +1755,7 @@ def _matmul_op(a: torch.Tensor, a_scales: torch.Tensor | None, a_s_dec: torch.Te
     return matmul_here(a, b, dtype)
 
 
-@_matmul_op.register_fake
+@torch.library.register_fake(_matmul_op)
 def _(a, a_scales, a_s_dec, a_known, b, b_scales, b_s_dec, b_known, dtype):
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
 
@@ -1777,13 +1829,21 @@ def accelerate_quantize(definition, x, *args, **kwargs):
     return with_known_s_dec(definition(x, **how), how)
 
 
-def matmul_here(a, b, dtype):
-    """By the kernels where they run and know the layout, and otherwise decoded."""
-    nvfp4 = FORMATS["nvfp4"]
-    if has_kernels(a.s_dec.device) and all(
+def native_way(a, b):
+    """The Way in which the device multiplies a and b as they are; None: they must be decoded."""
+    nvfp4, device = FORMATS["nvfp4"], a.s_dec.device
+    if not has_kernels(device) or not all(
             isinstance(q, Quantized) and q.scales.dtype == nvfp4.scale_dtype
             and q.shape[1] == nvfp4.block * q.scales.shape[1] for q in (a, b)):
-        return WAYS[hardware(a.s_dec.device).matmul](*a, *b, dtype)
+        return None
+    return next((WAYS[name] for name in hardware(device).matmul if WAYS[name].takes(a, b)), None)
+
+
+def matmul_here(a, b, dtype):
+    """By FP4 units where there are any, and otherwise decoded."""
+    way = native_way(a, b)
+    if way is not None:
+        return way.matmul(*a, *b, dtype)
     known = [q.s_dec_known if isinstance(q, Decoded) else None for q in (a, b)]
     alpha = a.s_dec * b.s_dec if None in known else known[0] * known[1]
     exact = gemm_dtype(a.s_dec.device, dtype)
@@ -1860,8 +1920,10 @@ def refresh(layer):
     """Quantize a layer's weight if it has changed since the last time; in a CUDA graph's capture always."""
     w = layer.weight
     version = (id(w), w._version, w.data_ptr(), count_optimizer_steps()[0], layer.drawn)
-    if layer.version == version and not (w.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if layer.version == version and not capturing(w.device):
         return
+    if layer.keys.device != w.device or layer.signs.device != w.device:
+        refuse_capture(w.device, "a layer that has just moved to the GPU", "call set_step before")
     layer.version, layer.keys, layer.signs = version, layer.keys.to(w.device), layer.signs.to(w.device)
     layer.quantized = copy_into(layer.quantized, layer.quantize_weight())
 

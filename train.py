@@ -9,13 +9,15 @@
 A run is a folder, out_dir: config.json, metrics.jsonl (an object a step), log.txt, ckpt.pt. Nothing random is
 kept in it: data order, stochastic rounding and initialization are functions of the seed and the step, so a
 run that was stopped goes on bit for bit (--resume), and n ranks compute what one process with n micro-batches
-does.
+does. On a GPU that takes --deterministic: attention's backward there adds up in the order in which its parts
+are done, unless it is told not to.
 """
 import contextlib
 import ctypes
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -73,6 +75,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; auto: bfloat16 where it is fast
     compile: bool = True                            # torch.compile all that can be; False: nothing at all
+    deterministic: bool = False                     # GPU: the same bits in every run, at some cost in speed
 
     model: ModelConfig = ModelConfig()
     fp4: FP4Config = FP4Config()
@@ -195,8 +198,8 @@ def save_checkpoint(path, model, optimizer, step, c, origin):
 
 def check_resumable(c, saved, origin):
     """A run goes on with the same model, numerics and data; UserError names the first field that differs."""
-    free = ("out_dir", "resume", "stop_at", "device", "compile", "eval_interval", "eval_iters",
-            "log_interval", "checkpoint_interval", "sample_tokens")
+    free = ("out_dir", "resume", "stop_at", "device", "compile", "deterministic", "eval_interval",
+            "eval_iters", "log_interval", "checkpoint_interval", "sample_tokens")
     old = current_names(saved["config"])
     for note in config.unknown(old, OWNERS):
         raise UserError(f"--resume: the run in {c.out_dir} was {note}; finish it with that version")
@@ -294,13 +297,25 @@ def keep_memory():
                 libc.mallopt(-1, 2**31 - 1)
 
 
-PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense FLOP/s, for the MFU
+# Dense bf16 FLOP/s by NVIDIA's data sheets, for the MFU; the first that a GPU's name holds as whole words.
+PEAK_BF16 = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12,
+             "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "GB200": 2500e12, "L4": 121e12, "L40S": 362e12}
 
 
 def peak_flops(device):
-    """Dense bf16 FLOP/s of a GPU by its name, or None."""
+    """Dense bf16 FLOP/s of a GPU by its name; None for a name not in the table, or a slice of a GPU (MIG)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for gpu, flops in PEAK_BF16.items() if gpu in name), None)
+    named = (flops for gpu, flops in PEAK_BF16.items() if re.search(rf"\b{gpu}\b", name))
+    return None if "MIG" in name else next(named, None)
+
+
+def be_deterministic():
+    """Have torch add up in a fixed order. Attention's backward, cuBLAS, indexing: all ask these settings; the
+    kernels of nvfp4.py do it anyway. Returns what undoes it."""
+    before = torch.get_deterministic_debug_mode()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(True)
+    return lambda: torch.set_deterministic_debug_mode(before)
 
 
 def choose_device(c, local_rank=0):
@@ -318,6 +333,7 @@ def compile_model(model, c):
     """Fuse what lies between the GEMMs, block by block: equal blocks share one compilation."""
     if not c.compile or not nvfp4.can_compile(model.embed.weight.device.type):
         return False
+    nvfp4.set_up_compiler()
     for block in model.blocks:
         block.compile(dynamic=False)
     model.loss = torch.compile(model.loss, dynamic=False)
@@ -493,11 +509,11 @@ def loop(run, stop):
 def train(c, stop=()):
     """Train as the config says, until stop, a list that signals fill, is not empty. Returns the last
     evaluation as a dict."""
-    before = nvfp4.use_compiler(c.compile)
-    try:
+    with contextlib.ExitStack() as after:           # this process may do other things
+        after.callback(nvfp4.use_compiler, nvfp4.use_compiler(c.compile))
+        if c.deterministic:
+            after.callback(be_deterministic())
         return loop(set_up(c), stop)
-    finally:
-        nvfp4.use_compiler(before)                  # this process may do other things
 
 
 # ---------------------------------------------------------------- report

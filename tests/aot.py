@@ -92,18 +92,11 @@ def configurations(chip):
                types | {"row_ptr": "*bf16", "col_ptr": "*bf16"},
                {"ROW": how(**flags), "COL": how(rotate=True, **flags), "TILE": nvfp4.TILE},
                nvfp4.QUANTIZE_OPTIONS)
-    for y in ("bf16", "fp32"):
-        types = {"a_ptr": "*u8", "b_ptr": "*u8", "y_ptr": "*" + y}
-        if native:
-            types |= {"a_scales_ptr": "*fp8e4nv", "b_scales_ptr": "*fp8e4nv"}
-            yield (f"matmul {y}, native", nvfp4._matmul_native_kernel, types, nvfp4.NATIVE_BLOCK,
-                   nvfp4.NATIVE_OPTIONS)
-        if not native or y == "bf16":
-            types = types | {"a_scales_ptr": "*u8", "b_scales_ptr": "*u8"}
-            block = nvfp4.HOPPER_BLOCK if chip == 90 else nvfp4.REGISTERS_BLOCK
-            constants = block | {"A_HEIGHT": 1, "B_HEIGHT": 16, "DTYPE": tl.bfloat16}
-            yield (f"matmul {y}, registers", nvfp4._matmul_kernel, types, constants,
-                   nvfp4.REGISTERS_OPTIONS)
+    for y in ("bf16", "fp32") if native else ():
+        types = {"a_ptr": "*u8", "b_ptr": "*u8", "y_ptr": "*" + y,
+                 "a_scales_ptr": "*fp8e4nv", "b_scales_ptr": "*fp8e4nv"}
+        yield (f"matmul {y}, native", nvfp4._matmul_native_kernel, types, nvfp4.NATIVE_BLOCK,
+               nvfp4.NATIVE_OPTIONS)
 
 
 def parsed(sass):

@@ -908,3 +908,30 @@ def test_a_compiler_switched_off_compiles_nothing(monkeypatch):
         nvfp4.use_compiler(True)
     assert n_calls == 0 and "switched off" in said
     assert all(map(same, bits(), off)) and len(calls) > 5                       # control
+
+
+def test_a_compiler_that_cannot_cast_to_e4m3_is_not_used(monkeypatch, capsys):
+    """As on GPUs older than sm_80 (T4, V100), where Triton refuses the type: said once, and all runs eagerly.
+    Where kernels quantize (sm_80), no compiled function casts to it, and the compiler serves."""
+    class Refusal(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if torch.float8_e4m3fn in args:
+                raise ValueError("type fp8e4nv not supported in this architecture")
+            return function(*args, **(kwargs or {}))
+
+    def compile(f, **options):
+        def run(*args):
+            with Refusal():
+                return f(*args)
+        return run
+    want = quantize(gaussian(32, 64))
+    monkeypatch.setattr(torch, "compile", compile)
+    for name in ("can_compile", "compiled"):        # as if none had been asked before
+        original = CAN_COMPILE if name == "can_compile" else nvfp4.compiled
+        monkeypatch.setattr(nvfp4, name, cache(original.__wrapped__))
+    got = [quantize(gaussian(32, 64)) for _ in range(2)]
+    assert all(same(g, w) for q in got for g, w in zip(q, want, strict=True))
+    assert capsys.readouterr().err.count("torch.compile does not work here") == 1
+    assert "not fused" in nvfp4.capability("cpu")
+    monkeypatch.setattr(nvfp4, "has_kernels", lambda device: True)
+    assert CAN_COMPILE.__wrapped__("cpu")

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -273,6 +274,80 @@ def test_compile_false_compiles_nothing(tiny, tmp_path, monkeypatch, capsys):
     assert nvfp4.can_compile("cpu")                 # the run has left the compiler as it was
     torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(2))             # control: this is counted
     assert counters["frames"] and counters["stats"]
+
+
+def test_blocks_of_many_graphs_are_all_compiled():
+    """torch allows 8 graphs of one function, and keeps that limit thread by thread: here one that has not
+    compiled yet, as the main thread of a run on a GPU, where the backward quantizes elsewhere."""
+    class Block(torch.nn.Module):
+        def __init__(self, n):
+            super().__init__()
+            self.n = n                              # a graph of its own
+
+        def forward(self, x):
+            return x + self.n
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(2, 2)
+            self.blocks = torch.nn.ModuleList(map(Block, range(10)))
+
+        def loss(self, x):
+            return x.sum()
+    found = []
+
+    def compile(f, **options):
+        return original(f, backend="eager", **options)
+
+    def main():
+        model = Model()
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        assert train.compile_model(model, make_config({}))
+        x = torch.zeros(2)
+        for block in model.blocks:
+            x = block(x)
+        found.append((float(model.loss(x)), torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    original = torch.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", compile)
+        patch.setattr(nvfp4, "can_compile", lambda kind: True)
+        thread = threading.Thread(target=main)
+        thread.start()
+        thread.join()
+    assert found == [(90, 11)]                      # 10 blocks and the loss
+
+
+@pytest.mark.parametrize("name, peak", (
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("A100-PCIE-40GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12),
+    ("NVIDIA RTX A1000", None), ("NVIDIA A10", None), ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA GH200 480GB", 989e12),
+    ("NVIDIA B200", 2250e12), ("NVIDIA GB200", 2500e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12),
+    ("NVIDIA L40", None), ("NVIDIA RTX PRO 6000 Blackwell Server Edition", None)))
+def test_peak_flops_of_a_gpu_s_exact_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert train.peak_flops(torch.device("cuda", 0)) == peak
+    assert train.peak_flops(torch.device("cpu")) is None
+
+
+def test_deterministic_reaches_torch(tiny, tmp_path, monkeypatch):
+    """What attention, cuBLAS and indexing ask, while the run lasts; a run may be resumed with it."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen = []
+
+    def update(*args):
+        seen.append((torch.are_deterministic_algorithms_enabled(),
+                     torch.is_deterministic_algorithms_warn_only_enabled(),
+                     os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        return original(*args)
+    original = train.update
+    monkeypatch.setattr(train, "update", update)
+    train.main(tiny(tmp_path, max_steps=2, stop_at=1))
+    train.main(tiny(tmp_path, max_steps=2, resume=True, deterministic=True))
+    assert seen == [(False, False, None), (True, False, ":4096:8")]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_what_another_version_set_is_said(tiny, tmp_path, capsys):
