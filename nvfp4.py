@@ -241,7 +241,7 @@ def round_blocks(blocks, scale, s_dec, random, decode):
     """
     x = blocks.float()
     inverse = torch.clamp((scale * s_dec).reciprocal(), max=FLT_MAX)            # a scale of 0 has one too
-    value, code = e2m1(x.abs() * inverse, random)
+    value, code = e2m1(x.abs() * inverse, random if random is None else unpack_bytes(random))
     negative = x.view(torch.int32) < 0                                          # the sign bit, of -0.0 too
     if decode is None:
         return torch.where(negative, code + 8, code).to(torch.uint8)
@@ -299,10 +299,11 @@ def random_words(key, M, n):
 
 def random_bytes(key, x):
     """A uint8 for every element of x (M, K): (M, K/16, 16). The counter of 16 neighbours in a row is their
-    position in the matrix, so no byte serves two elements."""
+    position in the matrix, so no byte serves two elements. Of a transposed x they come four to an int32,
+    (M, K/16, 4), for speed; round_blocks() takes either."""
     M, n = x.shape[0], x.shape[1] // PHILOX_BYTES
-    if lies_transposed(x):                          # then its bytes are to lie like it, for speed
-        return bytes_turned(key, M, n).permute(2, 0, 1)
+    if lies_transposed(x):
+        return words_turned(key, M, n)
     return random_words(key, M, n).view(torch.uint8)                            # little-endian: w[0] first
 
 
@@ -411,7 +412,7 @@ def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=Non
     scale, s_dec = find_scales(blocks.unflatten(0, (-1, height)), amax, form.scales, form.top,
                                form.target(unbiased))
     scale = lay_out_like(x, scale.expand(-1, height, -1, -1).flatten(0, 1))     # each row's: (M, K/block, 1)
-    random = random_bytes(as_key(seed, x.device), x).reshape(blocks.shape) if stochastic else None
+    random = random_bytes(as_key(seed, x.device), x).reshape(*blocks.shape[:2], -1) if stochastic else None
     rounded = round_blocks(blocks, scale, s_dec, random, decode).reshape(x.shape)
     if decode is not None:
         return Decoded(rounded, s_dec)
@@ -1640,12 +1641,20 @@ def lay_out_like(x, scale):
     return scale.transpose(0, 1).contiguous().transpose(0, 1) if lies_transposed(x) else scale
 
 
-def bytes_turned(key, M, n):
-    """The bytes of random_words(key, M, n), turned: (n, 16, M)."""
-    index = torch.arange(M * n, device=key.device).view(M, n).t()
+def words_turned(key, M, n):
+    """random_words(key, M, n) as int32 (M, n, 4), laid out like a transposed matrix."""
+    index = torch.arange(M * n, device=key.device).view(M, n).t().contiguous()
     zero = torch.zeros_like(index)
     words = philox(index & MASK32, index >> 32, zero, zero, key[0], key[1])
-    return torch.stack([(words[j // 4] >> 8 * (j % 4) & 255).to(torch.uint8) for j in range(16)], 1)
+    return torch.stack([word.to(torch.int32) for word in words], 1).permute(2, 0, 1)
+
+
+def unpack_bytes(random):
+    """Bytes as they are, or those of int32 words (..., n): (..., 4 n), the lowest first."""
+    if random.dtype == torch.uint8:
+        return random
+    shifts = torch.arange(0, 32, 8, device=random.device, dtype=torch.int32)
+    return (random[..., None] >> shifts & 255).flatten(-2)
 
 
 def stack_last(parts):
@@ -1865,8 +1874,8 @@ ACCELERATED = {"quantize": accelerate_quantize, "quantize_both": accelerate_quan
                "matmul": accelerate_matmul}
 
 # From here on these names, in the lesson too, mean what was made of its functions above.
-find_scales, round_blocks, random_words, bytes_turned, rotate, pack, unpack, scale_result = map(fused, (
-    find_scales, round_blocks, random_words, bytes_turned, rotate, pack, unpack, scale_result))
+find_scales, round_blocks, random_words, words_turned, rotate, pack, unpack, scale_result = map(fused, (
+    find_scales, round_blocks, random_words, words_turned, rotate, pack, unpack, scale_result))
 quantize, quantize_both, matmul = map(accelerated, (quantize, quantize_both, matmul))
 
 
