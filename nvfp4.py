@@ -86,6 +86,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 try:
@@ -340,7 +341,8 @@ class Quantized(NamedTuple):
     """A quantized matrix (M, K): value = code * scale * s_dec. Blocks can be read off its shapes.
 
     codes   (M, K/2) uint8, two E2M1 codes a byte, the low nibble is the even column
-    scales  (M/h, K/block) in the format's dtype; h = 1, or block for square blocks
+    scales  (M/h, K/block) in the format's dtype; h = 1, or block for square blocks. Quantized on a GPU with
+            FP4 units, as swizzle() orders them; unswizzle() undoes that (part 2)
     s_dec   () fp32
     """
     codes: torch.Tensor
@@ -353,7 +355,7 @@ class Quantized(NamedTuple):
 
     def decode(self, dtype=torch.bfloat16):
         """code * scale, (M, K) in dtype, exact in bf16."""
-        scales = scales_of_lines(self.scales.float(), len(self.codes))
+        scales = scales_of_lines(unswizzle(self.scales, *self.shape).float(), len(self.codes))
         return unpack(self.codes, scales, dtype).flatten(1)
 
     def dequantize(self, dtype=torch.float32):
@@ -1155,10 +1157,11 @@ def _decode(code):
 def _quantize_tile_kernel(x_ptr, out_ptr, scales_ptr, s_dec_ptr, amax_ptr, key_ptr, signs_ptr, R, C,
                           COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, TARGET: tl.constexpr,
                           STOCHASTIC: tl.constexpr, ROTATE: tl.constexpr, DECODE: tl.constexpr,
-                          PTX: tl.constexpr, TILE: tl.constexpr):
+                          PTX: tl.constexpr, SWIZZLED: tl.constexpr, TILE: tl.constexpr):
     """One direction of _quantize_kernel: quantize(x) or, of COLUMNS, quantize(x.t()).
 
-    line, block: where a block stands in the matrix that the GEMM sees; HEIGHT: lines of a block
+    line, block: where a block stands in the matrix that the GEMM sees; HEIGHT: lines of a block; SWIZZLED:
+    scales are stored in the order of swizzle()
     """
     n = tl.cdiv(C, TILE)
     pid_m, pid_n = tl.program_id(0) // n, tl.program_id(0) % n
@@ -1189,8 +1192,15 @@ def _quantize_tile_kernel(x_ptr, out_ptr, scales_ptr, s_dec_ptr, amax_ptr, key_p
         amax_b = tl.reshape(tl.broadcast_to(largest, SHAPE), amax_b.shape)
     s_enc, s_dec = _tensor_scales_triton(tl.load(amax_ptr), TARGET)
     byte, scale, inverse = _e4m3_scales_triton(amax_b.to(tl.float32, bitcast=True), s_enc, s_dec, TARGET)
-    tl.store(scales_ptr + (line // HEIGHT).to(tl.int64) * n_blocks + block, byte.to(tl.uint8),
-             mask=inside & (line % HEIGHT == 0))
+    if SWIZZLED:                                    # one for every line, also of a square block
+        tile = (line >> 7).to(tl.int64) * tl.cdiv(n_blocks, 4) + block // 4
+        place = tile * 512 + (line & 31) * 16 + (line >> 5 & 3) * 4 + block % 4
+        # R >> 31 is 0, but Triton does not know. It would see that four neighbours make up a 32-bit word, and
+        # gather them, through shared memory, in one thread.
+        tl.store(scales_ptr + place + (R >> 31), byte.to(tl.uint8), mask=inside)
+    else:
+        tl.store(scales_ptr + (line // HEIGHT).to(tl.int64) * n_blocks + block, byte.to(tl.uint8),
+                 mask=inside & (line % HEIGHT == 0))
     if tl.program_id(0) == 0:
         tl.store(s_dec_ptr, s_dec)
     # === elements ===
@@ -1223,16 +1233,16 @@ def _quantize_tile_kernel(x_ptr, out_ptr, scales_ptr, s_dec_ptr, amax_ptr, key_p
 def _quantize_kernel(x_ptr, R, C, row_ptr, row_scales_ptr, row_s_dec_ptr, row_amax_ptr, row_key_ptr,
                      row_signs_ptr, col_ptr, col_scales_ptr, col_s_dec_ptr, col_amax_ptr, col_key_ptr,
                      col_signs_ptr, ROW: tl.constexpr, COL: tl.constexpr, TILE: tl.constexpr):
-    """x (R, C) quantized along its rows, its columns or both. ROW, COL: the constants from HEIGHT to PTX of
-    _quantize_tile_kernel, or None."""
+    """x (R, C) quantized along its rows, its columns or both. ROW, COL: the constants from HEIGHT to
+    SWIZZLED of _quantize_tile_kernel, or None."""
     if ROW is not None:
         _quantize_tile_kernel(x_ptr, row_ptr, row_scales_ptr, row_s_dec_ptr, row_amax_ptr, row_key_ptr,
                               row_signs_ptr, R, C, False, ROW[0], ROW[1], ROW[2], ROW[3], ROW[4], ROW[5],
-                              TILE)
+                              ROW[6], TILE)
     if COL is not None:
         _quantize_tile_kernel(x_ptr, col_ptr, col_scales_ptr, col_s_dec_ptr, col_amax_ptr, col_key_ptr,
                               col_signs_ptr, R, C, True, COL[0], COL[1], COL[2], COL[3], COL[4], COL[5],
-                              TILE)
+                              COL[6], TILE)
 
 
 @functools.cache
@@ -1251,18 +1261,24 @@ def _current(device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def quantize_both_triton(x, rows, columns, ptx=None):
-    """quantize_both() by the kernels. ptx: whether the chip's own rounding is used, (nearest, stochastic)."""
+def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
+    """quantize_both() by the kernels.
+
+    ptx         whether the chip's own rounding is used, (nearest, stochastic); None: as hardware() found
+    swizzled    whether block scales are stored in the order of swizzle(); without ptx, where that is read
+    """
     for seen, how in ((x, rows), (x.t(), columns)):
         if how is not None:
             height, width = FORMATS[how["format"]].shape_of(how["square"])
             check_matrix(seen, height, width if seen is x else 1, how["format"])    # columns are filled up
-    x, ptx = x.contiguous(), hardware(x.device)[:2] if ptx is None else ptx
+    if ptx is None:
+        ptx, swizzled = hardware(x.device)[:2], scales_swizzled(x.device)
+    x = x.contiguous()
     with _current(x.device):
-        return _launch_quantize(x, rows, columns, ptx)
+        return _launch_quantize(x, rows, columns, ptx, swizzled)
 
 
-def _launch_quantize(x, rows, columns, ptx):
+def _launch_quantize(x, rows, columns, ptx, swizzled):
     (R, C), block = x.shape, FORMATS["nvfp4"].block
     grid = (triton.cdiv(R, TILE) * triton.cdiv(C, TILE),)
     signs = [x if how is None or how["signs"] is None else how["signs"]         # x: will not be read
@@ -1282,7 +1298,10 @@ def _launch_quantize(x, rows, columns, ptx):
         form, stochastic = FORMATS[how["format"]], how["stochastic"]
         n_lines, n_blocks = (C, triton.cdiv(R, block)) if turned else (R, C // block)
         height, _ = form.shape_of(how["square"])
-        scales = x.new_empty((n_lines // height, n_blocks), dtype=torch.uint8)
+        swizzles = swizzled and how["decode"] is None
+        size = swizzled_size(n_lines, n_blocks) if swizzles else (n_lines // height, n_blocks)
+        padded = swizzles and (n_lines % 128 or n_blocks % 4)                   # with zeros
+        scales = (x.new_zeros if padded else x.new_empty)(size, dtype=torch.uint8)
         if how["amax"] is None:
             amax = maxima.view(torch.float32)[slot]
         else:
@@ -1296,7 +1315,7 @@ def _launch_quantize(x, rows, columns, ptx):
             q = Decoded(out.t() if turned else out, s_dec)
         pointers += [out, scales, s_dec, amax, as_key(how["seed"], x.device) if stochastic else x, sign]
         flags.append((height, form.target(how["unbiased"]), stochastic, sign is not x,
-                      how["decode"] is not None, bool(ptx[stochastic])))
+                      how["decode"] is not None, bool(ptx[stochastic]), swizzles))
         results.append(q)
     _quantize_kernel[grid](x, R, C, *pointers, *flags, TILE, **QUANTIZE_OPTIONS)
     return Both(*results)
@@ -1364,15 +1383,29 @@ def _matmul_native_kernel(a_ptr, a_scales_ptr, a_s_dec_ptr, b_ptr, b_scales_ptr,
 def swizzle(scales, n_lines):
     """Block scales in the order in which Blackwell's tensor cores read them.
 
-    scales  (M, K/16) or (M/16, K/16) float8_e4m3fn; n_lines = M
+    scales  (M, K/16) or (M/16, K/16) float8_e4m3fn, n_lines = M; what the kernels have swizzled stays
     returns (M/128, K/64, 32, 4, 4), zero-padded: of every 128 x 4 tile, rows r, r + 32, r + 64, r + 96 side
             by side. source: cuBLAS documentation, "1D block scaling factors layout"
     """
+    if scales.dim() == 5:
+        return scales
     scales = scales_of_lines(scales.view(torch.uint8), n_lines)
     if scales.shape[1] % 4 or n_lines % 128:
         scales = F.pad(scales, (0, -scales.shape[1] % 4, 0, -n_lines % 128))
     tiles = scales.view(scales.shape[0] // 128, 4, 32, scales.shape[1] // 4, 4)
     return tiles.permute(0, 3, 2, 1, 4).contiguous().view(torch.float8_e4m3fn)
+
+
+def swizzled_size(n_lines, n_blocks):
+    return (n_lines + 127) // 128, (n_blocks + 3) // 4, 32, 4, 4
+
+
+def unswizzle(scales, M, K):
+    """The reverse, of a matrix (M, K): (M, K/16), one for every line; plain scales stay as they are."""
+    if scales.dim() == 2:
+        return scales
+    tiles, chunks = scales.shape[:2]
+    return scales.permute(0, 3, 2, 1, 4).reshape(128 * tiles, 4 * chunks)[:M, :K // 16]
 
 
 NATIVE_BLOCK = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128}
@@ -1533,6 +1566,12 @@ def decoded_dtype(device, format, result):
     if kernels_run(device, format) and hardware(device).matmul:
         return None
     return gemm_dtype(device, result)
+
+
+def scales_swizzled(device):
+    """The one place where it is decided whether block scales of codes are stored as FP4 units read them."""
+    with unset_fake_temporarily():                  # torch.compile asks too; a first look wants real numbers
+        return bool(hardware(device).matmul)
 
 
 def capability(device=None, format="nvfp4"):
@@ -1749,7 +1788,10 @@ def _(x, *arguments):
         else:                                       # ... but the kernels' codes
             lies_turned = turned and not kernels
             results.append(empty(M, n_blocks * block // 2, torch.uint8, lies_turned))
-            results.append(empty(M // height, n_blocks, form.scale_dtype, lies_turned))
+            if kernels and scales_swizzled(x.device):
+                results.append(x.new_empty(swizzled_size(M, n_blocks), dtype=form.scale_dtype))
+            else:
+                results.append(empty(M // height, n_blocks, form.scale_dtype, lies_turned))
         results.append(x.new_empty((), dtype=torch.float32))
     return results
 
@@ -1843,7 +1885,7 @@ def native_way(a, b):
     nvfp4, device = FORMATS["nvfp4"], a.s_dec.device
     if not has_kernels(device) or not all(
             isinstance(q, Quantized) and q.scales.dtype == nvfp4.scale_dtype
-            and q.shape[1] == nvfp4.block * q.scales.shape[1] for q in (a, b)):
+            and (q.scales.dim() == 5 or q.shape[1] == nvfp4.block * q.scales.shape[1]) for q in (a, b)):
         return None
     return next((WAYS[name] for name in hardware(device).matmul if WAYS[name].takes(a, b)), None)
 

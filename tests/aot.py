@@ -46,9 +46,9 @@ PIPES = {"ALU": "V?IADD3? LOP3 LEA SH[FLR] SGXT (F|VI)MNMX3? VIADDMNMX [FI]SETP 
          "LSU": "LD[GSL] ST[GSL] ATOM[GS]? REDG? SHFL"}
 
 
-def how(height=1, stochastic=False, rotate=False, decode=False, ptx=False):
+def how(height=1, stochastic=False, rotate=False, decode=False, ptx=False, swizzled=False):
     """The flags of one direction of _quantize_kernel."""
-    return height, nvfp4.E2M1_MAX, stochastic, rotate, decode, ptx
+    return height, nvfp4.E2M1_MAX, stochastic, rotate, decode, ptx, swizzled
 
 
 @triton.jit
@@ -65,17 +65,18 @@ def configurations(chip):
             yield (f"amax {x}, {name}", nvfp4._amax_kernel, {"x_ptr": "*" + x, "amax_ptr": "*i32"},
                    dict(zip(("PLAIN", "ROW", "COL"), flags, strict=True)) | {"TILE": nvfp4.TILE},
                    nvfp4.QUANTIZE_OPTIONS)
-    # a chip without FP4 GEMMs decodes, all but what is saved for the backward
-    rn, sr = ({"ptx": native}, {"stochastic": True, "ptx": ptx_sr}) if native else (
-        {"decode": True}, {"stochastic": True, "decode": True})
-    saved = how(ptx=native), how(ptx=native, rotate=True)
+    # a chip without FP4 GEMMs decodes, all but what is saved for the backward; one with them swizzles scales
+    rn, sr = {"ptx": native, "swizzled": native}, {"ptx": ptx_sr, "swizzled": native, "stochastic": True}
+    saved = how(**rn), how(rotate=True, **rn)
+    if not native:
+        rn, sr = {"decode": True}, {"decode": True, "stochastic": True}
     for name, x, row, col in (
             ("x, evaluation", "bf16", how(**rn), None), ("x, ngpt", "bf16", how(**rn), saved[0]),
             ("x, nvfp4", "bf16", how(**rn), saved[1]), ("dy, ngpt", "bf16", how(**sr), how(**sr)),
             ("dy, nvfp4", "bf16", how(**sr), how(rotate=True, **sr)),
             ("w", "fp32", how(height=16, **rn), how(height=16, **rn) if native else None),
-            ("codes, nearest", "bf16", how(ptx=native), None),
-            ("codes, stochastic", "bf16", how(stochastic=True, ptx=ptx_sr), None)):
+            ("codes, nearest", "bf16", how(ptx=native), None),                  # where no FP4 GEMM agrees
+            ("codes, stochastic", "bf16", how(stochastic=True, ptx=ptx_sr, swizzled=native), None)):
         types = {"x_ptr": "*" + x}
         for side, flags in (("row", row), ("col", col)):
             types |= {f"{side}_ptr": "*bf16" if flags and flags[4] else "*i64", f"{side}_scales_ptr": "*u8",
@@ -156,7 +157,8 @@ def floors(chip, code, registers, types, constants):
     for side in ("row", "col"):
         flags = constants.get(side.upper())
         if f"{side}_ptr" in types and flags:        # not the amax kernel, which writes nothing
-            traffic += size[types[f"{side}_ptr"]] + 1 / (16 * flags[0])
+            lines = 1 if flags[6] else flags[0]     # that share a scale
+            traffic += size[types[f"{side}_ptr"]] + 1 / (16 * lines)
     clocks = {pipe: n * threads / LANES[pipe] for pipe, n in pipes.items()}
     clocks["FMA"] += pipes["IMAD"] * threads / LANES["FMA"]
     bound, programs = max(clocks, key=clocks.get), SIZE ** 2 / values

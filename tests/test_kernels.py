@@ -156,6 +156,84 @@ def test_swizzle_is_the_documented_order():
         scales[:8].repeat_interleave(16, 0).view(torch.float8_e4m3fn), 128).view(torch.uint8))
 
 
+def swizzled(x, rows, columns):
+    """quantize_both() by the kernels, block scales in the order of swizzle()."""
+    both = quantize_both_triton(x.to(DEVICE), move(rows, DEVICE), move(columns, DEVICE), SOFTWARE, True)
+    return Both(*map(home, both))
+
+
+@pytest.mark.parametrize("square", (False, True), ids=("1x16", "16x16"))
+@pytest.mark.parametrize("kind", ("gaussian", "inf"))
+def test_kernel_stores_scales_as_swizzle_orders_them(kind, square):
+    """Of rows and columns at once; tiles not filled, which are padded with zeros beside a NaN too; square
+    blocks, where they fit, for each of their lines. Then all that reads scales finds the definition's."""
+    for shape in (*SHAPES, (200, 144), (256, 192)):
+        x = sample("gaussian", shape, BF16)
+        if kind == "inf":
+            x[-1, ::7] = torch.inf
+        rows, columns = (choices(square=square and size % BLOCK == 0, stochastic=True, seed=KEY)
+                         for size in shape)
+        want = quantize_both.definition(x, rows, columns)
+        for got, plain in zip(swizzled(x, rows, columns), want, strict=True):
+            (M, K), lines = got.shape, nvfp4.scales_of_lines(plain.scales.float(), plain.shape[0])
+            assert same(got.scales, nvfp4.swizzle(plain.scales, M))
+            assert agree(got._replace(scales=nvfp4.unswizzle(got.scales, M, K)),
+                         plain._replace(scales=lines.to(torch.float8_e4m3fn)))
+            assert nvfp4.swizzle(got.scales, M) is got.scales                   # GEMMs take it as it is
+            if kind == "gaussian":
+                assert same(got.decode(), plain.decode()) and same(got.dequantize(), plain.dequantize())
+
+
+@pytest.mark.parametrize("axes", ((1, 0, 2, 3, 4), (0, 1, 3, 2, 4), (0, 1, 2, 4, 3)), ids=str)
+def test_another_order_of_scales_is_seen(axes):
+    """Control: tiles in another order, or the scales in a tile. Nor do the kernels swizzle unless asked."""
+    x, how = sample("gaussian", (256, 192), BF16), choices()
+    plain = quantize.definition(x, **how)
+    for got, want in zip(swizzled(x, how, how), quantize_both.definition(x, how, how), strict=True):
+        right = nvfp4.swizzle(want.scales, want.shape[0])
+        other = right.permute(axes).reshape(right.shape)
+        assert same(got.scales, right) and not same(got.scales, other)
+        assert not same(got._replace(scales=other).decode(), want.decode())
+    assert agree(kernels(x, how, None).rows, plain) and agree(
+        swizzled(x, how | {"decode": BF16}, None).rows, quantize.definition(x, decode=BF16))
+
+
+@needs_none
+@pytest.mark.parametrize("name", ("scaled_mm", "dot_scaled"))
+def test_products_take_scales_of_either_order(name, blackwell):
+    """What the kernels made, and what the definition did; and find NVFP4 in both."""
+    how, way = choices(square=True), nvfp4.WAYS[name].matmul
+    a, b = (Quantized(*quantize.definition(gaussian(n, 96, seed=n), **how)) for n in (48, 64))
+    mine = a._replace(scales=nvfp4.swizzle(a.scales, 48))
+    want = way(*a, *b, BF16)
+    assert same(way(*mine, *b, BF16), want) and same(definition_of_codes(*mine, *b, BF16), want)
+    wrong = mine._replace(scales=mine.scales.transpose(2, 3).reshape(mine.scales.shape))
+    assert not same(way(*wrong, *b, BF16), want)
+
+
+@needs_none
+def test_torch_compile_knows_swizzled_scales(monkeypatch):
+    """Their shapes and strides without data, of rows and columns, filled or not; products of them go to the
+    FP4 units. A GPU looked at for the first time meanwhile is shown real numbers."""
+    looked = []
+
+    def hardware(device):
+        looked.append(type(torch.zeros(())))
+        return nvfp4.Hardware(False, False, ("dot_scaled",), ())
+    monkeypatch.setattr(nvfp4, "has_kernels", lambda device: True)
+    monkeypatch.setattr(nvfp4, "hardware", hardware)
+    for shape, options in product(((48, 64), (37, 48), (128, 64)), ({}, {"square": True}, {"decode": BF16})):
+        how = choices(**options)
+        rows, columns = (how | {"square": how["square"] and size % BLOCK == 0} for size in shape)
+        arguments = (gaussian(*shape), *nvfp4.to_operator(rows, DEVICE), *nvfp4.to_operator(columns, DEVICE))
+        torch.library.opcheck(nvfp4._quantize_op, arguments, test_utils=("test_faketensor",))
+        dims = [t.dim() for t in nvfp4._quantize_op(*arguments)]
+        assert dims == ([2, 0, 2, 0] if how["decode"] else [2, 5, 0, 2, 5, 0])
+    assert set(looked) == {torch.Tensor}
+    a, b = (quantize(gaussian(n, 64)) for n in (32, 48))
+    assert a.scales.dim() == 5 and nvfp4.native_way(a, b) is nvfp4.WAYS["dot_scaled"]
+
+
 @pytest.mark.skipif(GPU, reason="on a GPU the native GEMM itself is tested")
 def test_the_native_kernel_reads_swizzled_scales():
     """_load_swizzled undoes swizzle(), also where neither axis fills its tile."""
@@ -188,16 +266,10 @@ def definition_of_codes(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
     return nvfp4.gemm(a.decode(FP32), b.decode(FP32).t(), a_s_dec * b_s_dec, FP32).to(dtype)
 
 
-def unswizzle(scales, n_lines, K):
-    """The reverse of swizzle()."""
-    tiles, chunks = scales.shape[:2]
-    return scales.permute(0, 3, 2, 1, 4).reshape(128 * tiles, 4 * chunks)[:n_lines, :K // BLOCK]
-
-
 def native_kernel(a, a_scales, a_s_dec, b, b_scales, b_s_dec, y, M, N, K, **options):
     """In place of the kernel of matmul_dot_scaled."""
-    y.copy_(definition_of_codes(a, unswizzle(a_scales, M, K), a_s_dec, b, unswizzle(b_scales, N, K), b_s_dec,
-                                y.dtype))
+    assert a_scales.dim() == b_scales.dim() == 5
+    y.copy_(definition_of_codes(a, a_scales, a_s_dec, b, b_scales, b_s_dec, y.dtype))
 
 
 def by_torch(a, b, a_scales, recipe_a, b_scales, recipe_b, swizzle_a, swizzle_b, output_dtype):
@@ -633,6 +705,7 @@ def test_a_run_on_a_gpu_is_the_definition_s(recipe, dtype, chips, dataset, tmp_p
 
     def way(a, a_scales, a_s_dec, b, b_scales, b_s_dec, y_dtype):
         calls["way"] += 1
+        assert a_scales.dim() == b_scales.dim() == 5                            # swizzled by the kernels
         exact = nvfp4.gemm_dtype(a.device, y_dtype)
         a, b = Quantized(a, a_scales, a_s_dec), Quantized(b, b_scales, b_s_dec)
         return nvfp4.gemm(a.decode(exact), b.decode(exact).t(), a_s_dec * b_s_dec, y_dtype)
