@@ -224,7 +224,7 @@ def rounding(x, draws=16, seed=0, **kw):
 def histograms(q):
     """Counts of the 16 codes of a Quantized, and {e: its block scales from 2^e up to 2^(e+1)}."""
     codes = torch.bincount(torch.stack([q.codes & 15, q.codes >> 4]).flatten().int(), minlength=16)
-    scales = q.scales.float()
+    scales = nvfp4.unswizzle(q.scales, *q.shape).float()
     exponents, counts = scales[scales > 0].log2().floor().int().unique(return_counts=True)
     return codes.tolist(), dict(zip(exponents.tolist(), counts.tolist(), strict=True))
 
