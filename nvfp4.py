@@ -242,7 +242,7 @@ def round_blocks(blocks, scale, s_dec, random, decode):
     """
     x = blocks.float()
     inverse = torch.clamp((scale * s_dec).reciprocal(), max=FLT_MAX)            # a scale of 0 has one too
-    value, code = e2m1(x.abs() * inverse, random if random is None else unpack_bytes(random))
+    value, code = e2m1(x.abs() * inverse, unpack_bytes(random))
     negative = x.view(torch.int32) < 0                                          # the sign bit, of -0.0 too
     if decode is None:
         return torch.where(negative, code + 8, code).to(torch.uint8)
@@ -290,11 +290,15 @@ def as_key(seed, device):
     return torch.tensor([seed & MASK32, (seed >> 32) & MASK32], device=device)
 
 
+def philox_at(key, index):
+    """The four words of philox() at every counter in index, int64 of any shape."""
+    zero = torch.zeros_like(index)
+    return philox(index & MASK32, index >> 32, zero, zero, key[0], key[1])
+
+
 def random_words(key, M, n):
     """Philox at the counters 0, 1, 2, ... of a matrix (M, n): 16 bytes each, as two int64, (M, n, 2)."""
-    index = torch.arange(M * n, device=key.device).view(M, n)
-    zero = torch.zeros_like(index)
-    w = philox(index & MASK32, index >> 32, zero, zero, key[0], key[1])
+    w = philox_at(key, torch.arange(M * n, device=key.device).view(M, n))
     return torch.stack([w[0] | w[1] << 32, w[2] | w[3] << 32], -1)
 
 
@@ -1682,15 +1686,13 @@ def lay_out_like(x, scale):
 
 def words_turned(key, M, n):
     """random_words(key, M, n) as int32 (M, n, 4), laid out like a transposed matrix."""
-    index = torch.arange(M * n, device=key.device).view(M, n).t().contiguous()
-    zero = torch.zeros_like(index)
-    words = philox(index & MASK32, index >> 32, zero, zero, key[0], key[1])
+    words = philox_at(key, torch.arange(M * n, device=key.device).view(M, n).t().contiguous())
     return torch.stack([word.to(torch.int32) for word in words], 1).permute(2, 0, 1)
 
 
 def unpack_bytes(random):
-    """Bytes as they are, or those of int32 words (..., n): (..., 4 n), the lowest first."""
-    if random.dtype == torch.uint8:
+    """None and bytes as they are; of int32 words (..., n) their bytes (..., 4 n), the lowest first."""
+    if random is None or random.dtype == torch.uint8:
         return random
     shifts = torch.arange(0, 32, 8, device=random.device, dtype=torch.int32)
     return (random[..., None] >> shifts & 255).flatten(-2)

@@ -6,7 +6,6 @@ import collections
 import functools
 import json
 import os
-import random
 import subprocess
 import sys
 from itertools import product
@@ -22,7 +21,6 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 import nvfp4  # noqa: E402
 import train  # noqa: E402
-from data.tokens import prepare  # noqa: E402
 from nvfp4 import (GEMMS, OPERANDS, RECIPES, SIGNS, Both, Decoded, FP4Config, FP4Linear, Quantized,  # noqa: E402
                    choices, convert, matmul, quantize, quantize_both, quantize_both_triton, tensors_of)
 from test_nvfp4 import (BLOCK, CONFIGS, KINDS, SEED, batch, eager, gaussian, make_layer, run,  # noqa: E402, F401
@@ -677,14 +675,6 @@ def blind(model):
 
 
 # ---------------------------------------------------------------- a run, as on a GPU that is not here
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    text = "".join(random.Random(0).choices("abcdefgh ", k=4000))
-    prepare([text[1000:]], [text[:1000]], folder, "a test", tokenizer="bytes")
-    return folder
-
 
 @needs_none
 @pytest.mark.parametrize("recipe, dtype, chips", (

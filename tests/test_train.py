@@ -28,7 +28,7 @@ sys.path.insert(0, str(REPO))
 
 import nvfp4  # noqa: E402
 import train  # noqa: E402
-from data.tokens import prepare, read_tokens, write_tokens  # noqa: E402
+from data.tokens import read_tokens, write_tokens  # noqa: E402
 from model import build, load_model  # noqa: E402
 from nvfp4 import OPERANDS  # noqa: E402
 from train import load_config, make_config, unflatten  # noqa: E402
@@ -62,15 +62,6 @@ def eager():
     torch.set_num_threads(threads)
     for number, handler in handlers.items():        # a run that ends in an error leaves its own
         signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    """A prepared folder: random letters in plain bytes, of which no model can learn more than ln 27 = 3.3."""
-    folder = tmp_path_factory.mktemp("data")
-    text = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=20000))
-    prepare([text[2000:]], [text[:2000]], folder, "a test", tokenizer="bytes")
-    return folder
 
 
 @pytest.fixture(scope="module")
