@@ -8,8 +8,8 @@ import itertools
 import json
 import math
 import os
-import re
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -476,6 +476,21 @@ def log_of(folder, key):
     return [row[key] for row in rows if key in row]
 
 
+def growth_of(folder, seed):
+    """Mean growth of a run's loss under noise, on every fourth sequence of its four validation batches."""
+    model, _, c = train.load_run(folder)
+    val = analyze.load_data(c.dataset, c.model.block_size, c.model.vocab_size).val
+    starts = [analyze.val_starts(len(val), c.model.block_size, (4, c.batch_size))[n, m]
+              for n in range(4) for m in range(0, c.batch_size, 4)]
+    batch = analyze.batch_at(val, starts, c.model.block_size, torch.device("cpu"))
+
+    @torch.no_grad()
+    def loss(model):
+        return float(model(*batch))
+    growth = analyze.flatness(model, loss, seed=seed)
+    return sum(growth) / len(growth)
+
+
 def test_analysis_of_runs(out, tmp_path, capsys):
     run(out / "gpt_nvfp4_1", *out.glob("ngpt_ngpt_*"), f"--out_dir={tmp_path}", *SMALL)
     said, data = capsys.readouterr().out, results(tmp_path, "analysis")
@@ -491,6 +506,7 @@ def test_analysis_of_runs(out, tmp_path, capsys):
     one = analyze.analyse(out / "ngpt_ngpt_1", SimpleNamespace(**data["options"]))["layers"]
     dot = sum(row["dot"] for row in one if row["layer"] in shared) / 6
     assert pair["gap_db"][0] == pytest.approx(dot - gpt["dot"][0], abs=1e-4)
+    assert one[0]["growth"] == pytest.approx(growth_of(out / "ngpt_ngpt_1", seed=0), rel=1e-6)
     assert gpt["loss"][0] == pytest.approx(log_of(out / "gpt_nvfp4_1", "val_loss")[-1], abs=0.01)
     assert [row["alpha"] for row in analyze.find(data["noise"], arch="gpt")] == [0, *analyze.ALPHAS]
 

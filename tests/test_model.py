@@ -216,6 +216,20 @@ def test_effective_initial_scales_and_their_stored_size():
     assert torch.allclose(scale(), torch.full((4,), 0.05 + 0.001 * 2.5))
 
 
+@pytest.mark.parametrize("s_z, alpha", ((1.0, 0.05), (16.0, 0.4)))
+def test_starting_points_of_a_short_run(s_z, alpha):
+    """s_z and alpha begin where the config says. s_z moves by one speed wherever it begins, 1/init_std = 8
+    for n_embd = 64; alpha, as 2410.01131 stores it, by a speed that grows with its beginning."""
+    model = make(s_z_init=s_z, alpha_init=alpha)
+    for scale, start, speed in ((model.s_z, s_z, 8), (model.blocks[0].alpha, alpha, 8 * alpha)):
+        assert torch.allclose(scale(), torch.full_like(scale.weight, start))
+        scale.weight.data.add_(0.001)
+        assert torch.allclose(scale(), torch.full_like(scale.weight, start + 0.001 * speed))
+    for wrong in ({"s_z_init": 0.0}, {"s_z_init": math.inf}, {"alpha_init": -1.0}, {"alpha_init": math.nan}):
+        with pytest.raises(ValueError, match="must be positive numbers"):
+            make(**wrong)
+
+
 # ---------------------------------------------------------------- GPT is standard
 
 def test_gpt_is_the_textbook_transformer():

@@ -372,6 +372,8 @@ def test_matmul_is_exact_products(options, cpu):
         return bool(((y - exact).abs() <= bound + rounding * exact.abs()).all())
     y = matmul(a, b)
     assert y.dtype == FP32 and close(y) and not close(y.bfloat16()) and close(matmul(a, b, BF16), 2**-8)
+    lesson = matmul.definition(a, b, FP32)          # which no faster way may outlive
+    assert close(lesson) and not close(0.98 * lesson)
     wrong = [0.98 * y, *(matmul(q, b) for q in broken(a)), *(matmul(a, q) for q in broken(b))]
     assert not any(close(z, rounding) for z in wrong for rounding in (0.0, 2**-8))
 
