@@ -485,12 +485,13 @@ class MoE(Mixer):
         y = shared(x) + sum_chosen scale s_e / (sum_chosen s) expert_e(x)
 
     No token is dropped: tokens are sorted by expert, and all experts are one grouped GEMM. Each group begins
-    at a multiple of 16, filled up with zeros, so that blocks of a 4-bit format never cross experts. bias
+    at a multiple of 32, filled up with zeros, so that no block of a 4-bit format holds two experts. bias
     moves against the load after each step, by its sign alone; a loss on each sequence, E sum_e (share of
     choices) (mean share of s), which the gradient sees but the reported loss does not, keeps s balanced.
     source: 2512.20848
     """
     mlp = MLP
+    multiple = 32
 
     def __init__(self, c):
         super().__init__()
@@ -533,12 +534,12 @@ class MoE(Mixer):
         many rows there are depends on n alone."""
         slots = chosen.flatten()
         count = F.one_hot(slots, self.E).sum(0)
-        room = (count + 15) // 16 * 16
+        room = (count + self.multiple - 1) // self.multiple * self.multiple
         order = slots.argsort(stable=True)
         expert = slots[order]
         place = torch.arange(len(slots), device=slots.device) - (count.cumsum(0) - count)[expert]
         rows = (room.cumsum(0) - room)[expert] + place
-        n_rows = (len(slots) + 15 * self.E + 15) // 16 * 16
+        n_rows = -(-(len(slots) + (self.multiple - 1) * self.E) // self.multiple) * self.multiple
         row_of = torch.empty_like(slots).scatter(0, order, rows)
         choice_of = torch.full((n_rows,), len(slots), device=slots.device).scatter(0, rows, order)
         ends = room.cumsum(0).to(torch.int32)

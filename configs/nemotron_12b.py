@@ -1,7 +1,7 @@
 # torchrun --nproc_per_node=8 train.py configs/nemotron_12b.py
-# The 12B Mamba-2 hybrid of 2509.25149, trained on 10T tokens in NVFP4: 28 Mamba-2, 28 MLP and 6 attention mixers,
-# no positions; the first 2 and the last 8 mixers in high precision. Heads of Mamba have 80 channels in the
-# model that was released; the paper says 64.
+# The 12B Mamba-2 hybrid of 2509.25149, trained on 10T tokens in NVFP4: 28 Mamba-2, 28 MLP and 6 attention
+# mixers, no positions; the first 2 and the last 8 mixers in high precision. Heads of Mamba have 80 channels
+# in the model that was released; the paper says 64.
 # 736 sequences * 8192 tokens = 6.03e6 tokens a step; 1,658,572 steps = 1e13 tokens.
 arch = "gpt"
 recipe = "nvfp4"
