@@ -156,7 +156,7 @@ class Mixer(nn.Module):
     forward x (B, T, C), what enters; state, for decoding: a dict of the mixer's own, empty before the first
     token, where it leaves what it must know of the tokens so far; None: x is all there is -> (B, T, C)
     """
-    aux = None                                      # a loss of its own, of the last forward: () or None
+    aux = None                                      # a loss of its own, of the last forward: () or none
 
     def reads(self):
         """[(weight, its axis along the residual stream), ...] of what reads from the stream."""
@@ -539,7 +539,8 @@ class MoE(Mixer):
         expert = slots[order]
         place = torch.arange(len(slots), device=slots.device) - (count.cumsum(0) - count)[expert]
         rows = (room.cumsum(0) - room)[expert] + place
-        n_rows = -(-(len(slots) + (self.multiple - 1) * self.E) // self.multiple) * self.multiple
+        most = len(slots) + (self.multiple - 1) * min(self.E, len(slots))
+        n_rows = most // self.multiple * self.multiple
         row_of = torch.empty_like(slots).scatter(0, order, rows)
         choice_of = torch.full((n_rows,), len(slots), device=slots.device).scatter(0, rows, order)
         ends = room.cumsum(0).to(torch.int32)
@@ -624,8 +625,11 @@ class GPT(nn.Module):
             h = block(h) if state is None else block(h, state[i])
         if targets is None:
             return self.logits(h)
-        return sum((block.mixer.aux for block in self.blocks if block.mixer.aux is not None),
-                   start=self.loss(h, targets))
+        loss = self.loss(h, targets)
+        for block in self.blocks:
+            if block.mixer.aux is not None:
+                loss, block.mixer.aux = loss + block.mixer.aux, None
+        return loss
 
     def normalize_(self):
         """Called after every optimizer step: a standard transformer has nothing to normalize."""

@@ -13,7 +13,7 @@ mamba_n_head = 16
 mamba_head_dim = 16
 mamba_n_group = 2
 mamba_n_state = 32
-mamba_chunk = 64
+mamba_chunk = 32
 
 batch_size = 16
 max_steps = 400

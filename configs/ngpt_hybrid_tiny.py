@@ -14,7 +14,7 @@ mamba_n_head = 16
 mamba_head_dim = 16
 mamba_n_group = 2
 mamba_n_state = 32
-mamba_chunk = 64
+mamba_chunk = 32
 s_z_init = 16.0  # where a run of minutes starts, as in configs/ngpt_tiny.py
 alpha_init = 0.4
 
