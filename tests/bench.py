@@ -68,7 +68,8 @@ class Sizes:
 SIZES = {
     "cpu": Sizes(
         dtype=torch.float32, matrix=4096, stream=(4096, 1024), product=2048, linear=(2048, 2048),
-        config="tiny", hybrid="ngpt_hybrid_tiny", flags=(), kept=(1024, 512, 256), widths=(128, 256, 512), length=256),
+        config="tiny", hybrid="ngpt_hybrid_tiny", flags=(), kept=(1024, 512, 256), widths=(128, 256, 512),
+        length=256),
     "cuda": Sizes(
         dtype=torch.bfloat16, matrix=8192, stream=(16384, 4096), product=8192, linear=(16384, 4096),
         config="124m", hybrid="ngpt_hybrid_600m", flags=("--gradient_accumulation_steps=1",),

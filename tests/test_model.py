@@ -314,10 +314,13 @@ class Odd(Mixer):
         super().init_(std)
         torch.nn.init.ones_(self.conv)
 
-    def flops(self, T):
-        return super().flops(T) - 6 * self.experts.numel() // 2 + 6 * self.conv.numel()
+    def idle(self):
+        return self.experts.numel() // 2
 
-    def forward(self, x):
+    def flops(self, T):
+        return super().flops(T) + 6 * self.conv.numel()
+
+    def forward(self, x, state=None):
         x = F.conv1d(F.pad(x.transpose(1, 2), (2, 0)), self.conv, groups=x.size(2)).transpose(1, 2)
         return torch.einsum("btf,ecf,bte->btc", self.up(x), self.experts, self.router(x).softmax(-1))
 
