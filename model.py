@@ -86,11 +86,13 @@ class ModelConfig:
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}; or set "
                              "head_dim")
+        n_ffn = self.n_ffn or 4 * self.n_embd
         c = replace(self,
                     pattern=self.pattern or "*-" * self.n_layer,
                     n_kv_head=self.n_kv_head or self.n_head,
                     head_dim=self.head_dim or self.n_embd // self.n_head,
-                    n_ffn=self.n_ffn or 4 * self.n_embd,
+                    n_ffn=n_ffn,
+                    moe_n_ffn_shared=self.moe_n_ffn_shared or 2 * n_ffn,
                     mamba_n_head=self.mamba_n_head or max(1, 2 * self.n_embd // self.mamba_head_dim),
                     init_std=self.init_std or (0.02 if self.arch == "gpt" else self.n_embd**-0.5))
         if c.init_std <= 0 or c.rope_base < 0:
@@ -391,7 +393,7 @@ class Mamba(Mixer):
         return self.conv_bias + sum(self.conv[i] * x[:, i:i + T] for i in range(W))
 
     def mix(self, x, state):
-        """x (B, T, C) -> what out_proj writes to the stream, (B, T, H P)."""
+        """x (B, T, C) -> what out_proj reads, (B, T, H P)."""
         b, T, _ = x.shape
         z, xBC, dt = self.in_proj(x).split([self.parts[0], sum(self.parts), self.H], -1)
         with torch.autocast(x.device.type, enabled=False):
@@ -499,7 +501,7 @@ class MoE(Mixer):
         self.bias_rate, self.aux_loss = c.moe_bias_rate, c.moe_aux_loss
         self.router = nn.Linear(c.n_embd, self.E, bias=False)
         self.experts = self.mlp(c, self.E)
-        self.shared = self.mlp(replace(c, n_ffn=c.moe_n_ffn_shared or 2 * c.n_ffn))
+        self.shared = self.mlp(replace(c, n_ffn=c.moe_n_ffn_shared))
         self.register_buffer("bias", torch.zeros(self.E))
         self.register_buffer("load", torch.zeros(self.E), persistent=False)     # choices since the last step
 
