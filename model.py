@@ -624,8 +624,11 @@ class GPT(nn.Module):
             h = block(h) if state is None else block(h, state[i])
         if targets is None:
             return self.logits(h)
-        return sum((block.mixer.aux for block in self.blocks if block.mixer.aux is not None),
-                   start=self.loss(h, targets))
+        loss = self.loss(h, targets)
+        for mixer in (block.mixer for block in self.blocks):
+            if mixer.aux is not None:               # taken away: its graph is not to outlive the loss
+                loss, mixer.aux = loss + mixer.aux, None
+        return loss
 
     def normalize_(self):
         """Called after every optimizer step: a standard transformer has nothing to normalize."""
