@@ -625,9 +625,9 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(h)
         loss = self.loss(h, targets)
-        for mixer in (block.mixer for block in self.blocks):
-            if mixer.aux is not None:               # taken away: its graph is not to outlive the loss
-                loss, mixer.aux = loss + mixer.aux, None
+        for block in self.blocks:
+            if block.mixer.aux is not None:
+                loss, block.mixer.aux = loss + block.mixer.aux, None
         return loss
 
     def normalize_(self):
