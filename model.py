@@ -303,9 +303,9 @@ def ssm(x, dt, A, B, C, h=None):
 
 def fading(a):
     """exp(a_(j+1) + ... + a_i) for j <= i, what is left at i of what came in at j, and 0 for j > i:
-    (..., L) -> (..., L, L)."""
-    total = a.cumsum(-1)
-    difference = total[..., :, None] - total[..., None, :]
+    (..., L) -> (..., L, L). Summed in fp64: the difference of two large sums is all that is left of them."""
+    total = a.double().cumsum(-1)
+    difference = (total[..., :, None] - total[..., None, :]).to(a.dtype)
     return difference.masked_fill(torch.ones_like(difference, dtype=torch.bool).triu(1), -math.inf).exp()
 
 
