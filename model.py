@@ -422,7 +422,10 @@ def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Te
     a (N, M), b (K, M)      tokens are summed: a product of columns, expert by expert -> (E, N, K)
     """
     if a.is_cuda and a.dtype == torch.bfloat16:
-        return F.grouped_mm(a, b.mT if b.dim() == 3 else b.t(), offs=ends)
+        y = F.grouped_mm(a, b.mT, offs=ends)
+        if b.dim() == 2:                            # what torch leaves of a sum over no tokens is not said
+            y = torch.where(ends.diff(prepend=ends.new_zeros(1))[:, None, None] > 0, y, 0)
+        return y
     groups = list(itertools.pairwise([0, *ends.tolist()]))
     if b.dim() == 2:
         return torch.stack([a[:, i:j] @ b[:, i:j].t() for i, j in groups])
@@ -814,7 +817,8 @@ def generate(model, idx, n_tokens, temperature=0.8, top_k=50, n_vocab=None, gene
     n_vocab; temperature 0 takes the likeliest.
 
     The prompt, of which block_size tokens are read at most, leaves a state, and each token after it costs one
-    token. Beyond block_size attention sees that many tokens, the last; Mamba's state forgets none.
+    token. Beyond block_size attention sees that many tokens, the last; their keys know of older ones, and
+    their positions go on counting. Mamba's state forgets none.
     """
     state, new = [{} for _ in model.blocks], idx[:, -model.config.block_size:]
     for _ in range(n_tokens):

@@ -921,9 +921,9 @@ def gemm_dtype(device, out_dtype):
 
 
 def grouped_gemm(a, b, alpha, dtype, ends):
-    """gemm() of a and b^T, or for each expert, as grouped() says. On GPUs torch has one GEMM for it where the
-    result is bf16, which is rounded once more there, when alpha is applied; else it is a loop."""
-    if ends is not None and a.is_cuda and dtype == torch.bfloat16:
+    """gemm() of a and b^T, or for each expert, as grouped() says. On GPUs torch has one GEMM for y and dx in
+    bf16, which are rounded once more there, when alpha is applied; all else is a loop."""
+    if ends is not None and b.dim() == 3 and a.is_cuda and dtype == torch.bfloat16:
         return scale_result(F.grouped_mm(a, b.mT, offs=ends), alpha, dtype)
     return grouped(lambda a, b: gemm(a, b.t(), alpha, dtype), a, b, ends)
 
