@@ -793,11 +793,11 @@ def describe(config):
     with torch.device("meta"):
         model = build(config)
     c, (total, active) = model.config, count_parameters(model)
-    idle = " and experts that a token does not meet" if "E" in c.pattern else ""
+    idle = ", no experts that a token does not meet" if "E" in c.pattern else ""
     pattern = c.pattern if len(c.pattern) <= 60 else c.pattern[:57] + "..."
     lines = [f"{c.arch}  {pattern}  C={c.n_embd} H={c.n_head} G={c.n_kv_head} D={c.head_dim} F={c.n_ffn} "
              f"V={c.vocab_size} T={c.block_size}",
-             f"parameters     {total:,} ({active:,} without the embedding{idle})",
+             f"parameters     {total:,} ({active:,} active: no embedding{idle})",
              f"FLOPs/token    {flops_per_token(model):.3g} (forward + backward)",
              f"training state {16 * total / 2**30:.2f} GiB (fp32 weights, gradients, two Adam moments)", "",
              f"{'linear layer':28s} {'out':>8s} {'in':>8s} {'weights':>14s}"]

@@ -550,7 +550,7 @@ class Log:
 def introduce(run, converted):
     """What is about to run, and on what."""
     c, (total, active) = run.c, count_parameters(run.model)
-    run.log(f"{c.model.arch} with {total:,} parameters ({active:,} without the embedding), "
+    run.log(f"{c.model.arch} with {total:,} parameters ({active:,} active), "
             f"recipe {c.recipe}, {str(run.dtype).removeprefix('torch.')} activations")
     run.log(nvfp4.capability(run.device, c.fp4.format))
     run.log(converted)
