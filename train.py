@@ -370,7 +370,6 @@ def meet(c):
                         f"the {ranks.world} ranks, which share them")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     else:
         keep_memory()
     ranks.join(device)
