@@ -101,10 +101,36 @@ except ImportError:                                 # the lesson runs on any dev
 
 # ================================================================ 1 The lesson
 
-# ---------------------------------------------------------------- formats
+# ---------------------------------------------------------------- E2M1: rounding
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what codes 0..7 stand for; bit 3 is the sign
 E2M1_MAX = 6.0
+
+
+def e2m1(a, random=None):
+    """Round magnitudes to the E2M1 grid: nearest with ties to the even code, or stochastically.
+
+    a       fp32 >= 0, any shape; above 6 and NaN saturate to 6
+    random  integers 0..255 of the same shape, or None: nearest. With f in [0, 1) the position of a in its
+            grid interval, a goes up iff floor(256 f) + random >= 256: with probability floor(256 f) / 256
+            (Blackwell's cvt.rs adds its random bits below the mantissa in the same way)
+    returns value fp32 on the grid, code fp32 in 0..7
+    source  2509.25149 appendix B
+    """
+    a = torch.where(a < E2M1_MAX, a, E2M1_MAX)
+    low, middle = a < 2, a < 4                      # the grid's step is 0.5 below 2, 1 below 4, 2 above
+    per_unit = torch.where(low, 2.0, torch.where(middle, 1.0, 0.5))
+    if random is None:
+        n = torch.round(a * per_unit)               # in steps; halves go to the even n: an even code
+    else:
+        n = torch.floor((torch.floor(a * (256 * per_unit)) + random) * (1 / 256))
+    value = n * torch.where(low, 0.5, torch.where(middle, 1.0, 2.0))
+    code = n + torch.where(low, 0.0, torch.where(middle, 2.0, 4.0))             # 2 is code 4, 4 is code 6
+    return value, code
+
+
+# ---------------------------------------------------------------- formats: codes, and scales of blocks
+
 E4M3_MAX = 448.0                                    # the largest float8_e4m3fn
 FLT_MAX = torch.finfo(torch.float32).max
 
@@ -143,6 +169,11 @@ class Format:
         return self.unbiased if unbiased else E2M1_MAX
 
 
+def encode_scale(scale, s_dec):
+    """What x is multiplied by to be in units of its code: 1 / (scale * s_dec), where the scale is 0 too."""
+    return torch.clamp((scale * s_dec).reciprocal(), max=FLT_MAX)
+
+
 def block_amax(blocks):
     """Largest magnitude of each block, fp32: (M/h, h, K/block, block) -> (M/h, 1, K/block, 1)."""
     return blocks.float().abs().amax((1, 3), keepdim=True)
@@ -157,6 +188,40 @@ def e4m3_scales(blocks, s_enc, target):
     amax_b = block_amax(blocks)
     scale = torch.clamp(amax_b * (s_enc * (1 / target)), max=E4M3_MAX)
     return torch.where(amax_b < math.inf, scale, math.nan).to(torch.float8_e4m3fn).float()
+
+
+def four_or_six(blocks, s_enc, target, error):
+    """Four over six: NVFP4's scale, or the one that brings the largest magnitude to 4 instead of 6, whichever
+    leaves the smaller error; 6 where both are alike. Near 6 the grid is coarse, with nothing between 4 and 6;
+    near 4 it is finer. The choice is made to nearest, also for an operand that is rounded stochastically.
+
+    error   function of value - |x|, float64: a number for each block. In float64 the order in which it adds
+            up decides nothing
+    source  2512.02010. On unit Gaussians in 1x16 blocks 45 % choose 4, in 16x16 blocks 3 %: nothing is gained
+    """
+    magnitude, s_dec = blocks.float().abs(), s_enc.reciprocal()
+
+    def left(scale):
+        value, _ = e2m1(magnitude * encode_scale(scale, s_dec))
+        return error(value.double() * scale * s_dec - magnitude)
+    six = e4m3_scales(blocks, s_enc, target)
+    four = e4m3_scales(blocks, s_enc, target * 4 / 6)
+    return torch.where(left(four) < left(six), four, six)
+
+
+def four_six_scales(blocks, s_enc, target):
+    """By the mean square error of a block, the paper's choice."""
+    return four_or_six(blocks, s_enc, target, lambda d: d.square().sum((1, 3), keepdim=True))
+
+
+def four_six_mae_scales(blocks, s_enc, target):
+    """By its mean absolute error."""
+    return four_or_six(blocks, s_enc, target, lambda d: d.abs().sum((1, 3), keepdim=True))
+
+
+def four_six_max_scales(blocks, s_enc, target):
+    """By its largest error."""
+    return four_or_six(blocks, s_enc, target, lambda d: d.abs().amax((1, 3), keepdim=True))
 
 
 def e8m0_scales(blocks, s_enc, target):
@@ -183,10 +248,15 @@ def power_of_two(exponent, amax_b):
     return torch.where(amax_b < math.inf, scale, math.nan)
 
 
+UNBIASED = E2M1_MAX * 16 / 17                       # rounding a scale to E4M3 can enlarge x / scale by 17/16
+
 FORMATS = {f.name: f for f in (
-    # 2509.25149. Rounding a scale to E4M3 can enlarge x / scale by 17/16: hence 6 * 16/17 (2601.22813).
-    Format("nvfp4", 16, torch.float8_e4m3fn, e4m3_scales, top=E4M3_MAX, unbiased=E2M1_MAX * 16 / 17,
-           kernels=True),
+    # 2509.25149; its unbiased target 2601.22813
+    Format("nvfp4", 16, torch.float8_e4m3fn, e4m3_scales, top=E4M3_MAX, unbiased=UNBIASED, kernels=True),
+    # 2512.02010: a block that chooses 4 has a scale of up to 3/2 times 256, which E4M3 holds
+    Format("nvfp4_46", 16, torch.float8_e4m3fn, four_six_scales, top=256.0, unbiased=UNBIASED),
+    Format("nvfp4_46_mae", 16, torch.float8_e4m3fn, four_six_mae_scales, top=256.0, unbiased=UNBIASED),
+    Format("nvfp4_46_max", 16, torch.float8_e4m3fn, four_six_max_scales, top=256.0, unbiased=UNBIASED),
     Format("mxfp4", 32, torch.float8_e8m0fnu, e8m0_scales, top=None, unbiased=E2M1_MAX),
     Format("mxfp4_floor", 32, torch.float8_e8m0fnu, e8m0_floor_scales, top=None, unbiased=None),
 )}
@@ -215,38 +285,13 @@ def find_scales(blocks, amax, scales, top, target):
     return scales(blocks, s_enc, target), s_dec
 
 
-# ---------------------------------------------------------------- E2M1: rounding
-
-def e2m1(a, random=None):
-    """Round magnitudes to the E2M1 grid: nearest with ties to the even code, or stochastically.
-
-    a       fp32 >= 0, any shape; above 6 and NaN saturate to 6
-    random  integers 0..255 of the same shape, or None: nearest. With f in [0, 1) the position of a in its
-            grid interval, a goes up iff floor(256 f) + random >= 256: with probability floor(256 f) / 256
-            (Blackwell's cvt.rs adds its random bits below the mantissa in the same way)
-    returns value fp32 on the grid, code fp32 in 0..7
-    source  2509.25149 appendix B
-    """
-    a = torch.where(a < E2M1_MAX, a, E2M1_MAX)
-    low, middle = a < 2, a < 4                      # the grid's step is 0.5 below 2, 1 below 4, 2 above
-    per_unit = torch.where(low, 2.0, torch.where(middle, 1.0, 0.5))
-    if random is None:
-        n = torch.round(a * per_unit)               # in steps; halves go to the even n: an even code
-    else:
-        n = torch.floor((torch.floor(a * (256 * per_unit)) + random) * (1 / 256))
-    value = n * torch.where(low, 0.5, torch.where(middle, 1.0, 2.0))
-    code = n + torch.where(low, 0.0, torch.where(middle, 2.0, 4.0))             # 2 is code 4, 4 is code 6
-    return value, code
-
-
 def round_blocks(blocks, scale, s_dec, random, decode):
     """Divide blocks (M, K/block, block) by their scales (M, K/block, 1) and round to the grid.
 
     returns codes uint8, 0..15; or, for a dtype in decode, code * scale in it
     """
     x = blocks.float()
-    inverse = torch.clamp((scale * s_dec).reciprocal(), max=FLT_MAX)            # a scale of 0 has one too
-    value, code = e2m1(x.abs() * inverse, unpack_bytes(random))
+    value, code = e2m1(x.abs() * encode_scale(scale, s_dec), unpack_bytes(random))
     negative = x.view(torch.int32) < 0                                          # the sign bit, of -0.0 too
     if decode is None:
         return torch.where(negative, code + 8, code).to(torch.uint8)
@@ -524,6 +569,7 @@ OPERANDS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
 @dataclass(frozen=True)
 class FP4Config:
     format: str = "nvfp4"                           # number format, a key of FORMATS
+    backward_format: str | None = None              # of dy, and of wgrad's x; None: format
     gemms: tuple[str, ...] = GEMMS                  # which GEMMs of a layer run in FP4: fprop,dgrad,wgrad
     stochastic: tuple[str, ...] = ("dgrad.dy", "wgrad.dy")  # operands rounded stochastically
     unbiased: bool = False                          # stochastic operands leave room for rounding the scale
@@ -539,11 +585,12 @@ class FP4Config:
 
     def __post_init__(self):
         for name, allowed in (("gemms", GEMMS), ("stochastic", OPERANDS), ("hadamard", GEMMS),
-                              ("format", FORMATS), ("signs", ("fixed", "none", "fresh"))):
+                              ("format", FORMATS), ("backward_format", (None, *FORMATS)),
+                              ("signs", ("fixed", "none", "fresh"))):
             value = getattr(self, name)
             for word in value if isinstance(value, tuple) else (value,):
                 if word not in allowed:
-                    raise ValueError(f"fp4_{name}={word} must be of {', '.join(allowed)}")
+                    raise ValueError(f"fp4_{name}={word} must be of {', '.join(map(str, allowed))}")
         for name in ("input_amax", "weight_amax", "grad_amax"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -552,7 +599,13 @@ class FP4Config:
             raise ValueError(f"fp4_tail={self.tail} must be in [0, 1]")
         if self.head_blocks < 0:
             raise ValueError(f"fp4_head_blocks={self.head_blocks} must be >= 0")
-        FORMATS[self.format].target(self.unbiased)
+        for format in self.formats:
+            FORMATS[format].target(self.unbiased)
+
+    @property
+    def formats(self):
+        """The names of all formats in use."""
+        return self.format, self.backward_format or self.format
 
     def operand(self, name, keys, signs=None, result=None, experts=False):
         """What the recipe gives one of OPERANDS: keyword arguments of quantize(), or None where that GEMM
@@ -572,8 +625,11 @@ class FP4Config:
             signs = None
         elif signs is None or self.signs == "fresh":
             signs = rotation_signs(self.signs, gemm_name, keys)
-        decode = None if result is None else decoded_dtype(keys.device, self.format, result, experts)
-        return {"format": self.format, "square": matrix == "w" and self.square_weights,
+        square = matrix == "w" and self.square_weights
+        forward = gemm_name == "fprop" or square    # a square weight is one for both
+        format = self.format if forward else self.backward_format or self.format
+        decode = None if result is None else decoded_dtype(keys.device, format, result, experts)
+        return {"format": format, "square": square,
                 "stochastic": stochastic, "seed": keys[OPERANDS.index(name)],
                 "amax": {"x": self.input_amax, "w": self.weight_amax, "dy": self.grad_amax}[matrix],
                 "unbiased": stochastic and self.unbiased, "signs": signs,
@@ -600,7 +656,10 @@ RECIPES = {
     # activation looks at all its tokens, so that a token's output depends, in the last bits, on the tokens
     # after it; the fixed scale of "ngpt" does not.
     "nvfp4": FP4Config(hadamard=("wgrad",), tail=0.15),
-    # The same in MXFP4, with which 2509.25149 compares; there rotated in runs of 32, here of 16.
+    # 2512.02010, four over six, in the forward alone. The paper has it for gradients too, where it chooses by
+    # errors of rounding at random; that is biased (2601.22813 section 4.2).
+    "nvfp4_46": FP4Config(format="nvfp4_46", backward_format="nvfp4", hadamard=("wgrad",), tail=0.15),
+    # The same as "nvfp4" in MXFP4, with which 2509.25149 compares; there rotated in runs of 32, here of 16.
     "mxfp4": FP4Config(format="mxfp4", hadamard=("wgrad",), tail=0.15),
 }
 
@@ -616,7 +675,8 @@ def describe_operand(cfg, name):
     if how is None:
         return None
     form = FORMATS[how["format"]]
-    words = ["stochastic" if how["stochastic"] else "nearest", "%dx%d" % form.shape_of(how["square"])]
+    words = [form.name] * (form.name != cfg.format)
+    words += ["stochastic" if how["stochastic"] else "nearest", "%dx%d" % form.shape_of(how["square"])]
     words += ["unbiased"] * how["unbiased"] + ["rotated"] * (how["signs"] is not None)
     if form.top is not None and how["amax"] is not None:
         words.append(f"amax = {how['amax']:g}")
@@ -733,7 +793,8 @@ class FP4Linear(torch.nn.Linear):
 
     def quantize_weight(self):
         """The weight as Both, as the recipe wants fprop.w and dgrad.w; N filled up to the block."""
-        experts, padding = self.weight.dim() == 3, -self.out_features % FORMATS[self.cfg.format].block
+        experts, block = self.weight.dim() == 3, max(FORMATS[format].block for format in self.cfg.formats)
+        padding = -self.out_features % block
         both = quantize_both(fill_up(self.weight.detach(), 0, padding).flatten(0, -2), *(
             self.cfg.operand(name, self.keys, self.signs, torch.bfloat16, experts)
             for name in ("fprop.w", "dgrad.w")))

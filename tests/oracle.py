@@ -124,13 +124,13 @@ def expand(per_block, block):
     return np.repeat(np.repeat(per_block, block[0], axis=0), block[1], axis=1)
 
 
-def tensor_scales(amax, target=6.0):
+def tensor_scales(amax, target=6.0, top=448.0):
     """(s_enc, s_dec) in fp32; both NaN for an amax that is not finite."""
     amax = F32(amax)
     if not np.isfinite(amax):
         return F32(np.nan), F32(np.nan)
     with np.errstate(divide="ignore", over="ignore"):
-        s_enc = np.minimum(F32(448 * target) / amax, FLT_MAX)
+        s_enc = np.minimum(F32(top * target) / amax, FLT_MAX)
     if amax == 0 or s_enc == 0:
         s_enc = F32(1)
     return s_enc, F32(1) / s_enc
@@ -143,8 +143,9 @@ def round_stochastic(a, byte):
     return np.where(position + byte >= 256, hi, lo)
 
 
-def quantize(x, block=(1, 16), stochastic=False, key=0, amax=None, target=6.0):
-    """Quantize a float32 (M, K) array; amax=None takes the maximum of |x|."""
+def quantize(x, block=(1, 16), stochastic=False, key=0, amax=None, target=6.0, top=448.0, lands=None):
+    """Quantize a float32 (M, K) array; amax=None takes the maximum of |x|. The tensor's largest block is to
+    have scale top; a block's largest magnitude lands on target, or where lands says."""
     x = np.asarray(x)
     assert x.dtype == F32 and x.ndim == 2 and block in ((1, 16), (16, 16))
     rows, cols = x.shape
@@ -153,13 +154,13 @@ def quantize(x, block=(1, 16), stochastic=False, key=0, amax=None, target=6.0):
     if amax is None:
         amax = magnitude.max() if np.isfinite(x).all() else np.nan
     amax = F32(amax)
-    s_enc, s_dec = tensor_scales(amax, target)
+    s_enc, s_dec = tensor_scales(amax, target, top)
 
     tiles = magnitude.reshape(rows // block[0], block[0], cols // block[1], block[1])
     amax_block = tiles.max(axis=(1, 3))
     finite = np.isfinite(amax_block)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        wanted = amax_block * (s_enc * F32(1 / target))
+        wanted = amax_block * (s_enc * F32(1 / (lands or target)))
         scales = np.where(finite, e4m3_bytes(np.minimum(wanted, F32(448))), NAN_BYTE).astype(np.uint8)
         inverse = np.minimum(F32(1) / (decode_e4m3(scales) * s_dec), FLT_MAX)
         a = np.minimum(magnitude * expand(inverse, block), F32(6))
@@ -177,6 +178,84 @@ def dequantize(q, tensor_scale=True):
     signed = np.concatenate([E2M1, -E2M1]).astype(F32)
     value = signed[codes] * expand(decode_e4m3(q.scales), q.block)
     return value * q.s_dec if tensor_scale else value
+
+
+# The largest error of a block, or a sum of its errors, for tiles (rows, height, columns, width).
+ERRORS = {
+    "mse": lambda d: (d * d).sum(axis=(1, 3)),
+    "mae": lambda d: np.abs(d).sum(axis=(1, 3)),
+    "max": lambda d: np.abs(d).max(axis=(1, 3)),
+}
+
+
+def four_over_six(x, block=(1, 16), rule="mse", stochastic=False, key=0, amax=None, target=6.0):
+    """Quantized by 4/6 (PAPERS 3): tensor scale for 256; each block with its largest magnitude on 6 or on 4,
+    whichever, to nearest, has the smaller error, 6 in a tie."""
+    how = {"block": block, "amax": amax, "target": target, "top": 256.0}
+    six, four = quantize(x, **how), quantize(x, **how, lands=target * 4 / 6)
+
+    def left(q):
+        value = dequantize(q, False).astype(np.float64) * np.float64(q.s_dec)
+        d = value - np.asarray(x, np.float64)
+        return ERRORS[rule](d.reshape(d.shape[0] // block[0], block[0], d.shape[1] // block[1], block[1]))
+
+    with np.errstate(invalid="ignore"):
+        chosen = left(four) < left(six)
+    if stochastic:
+        six = quantize(x, **how, stochastic=True, key=key)
+        four = quantize(x, **how, stochastic=True, key=key, lands=target * 4 / 6)
+    codes = np.where(expand(chosen, block), unpack(four.codes), unpack(six.codes)).astype(np.uint8)
+    return six._replace(codes=pack(codes), scales=np.where(chosen, four.scales, six.scales))
+
+
+def grid_interval(a):
+    """(left end, width) of the E2M1 interval that holds 0 <= a <= 6; a grid point begins its interval."""
+    lo = np.clip(np.searchsorted(E2M1, a, side="right") - 1, 0, len(E2M1) - 2)
+    return E2M1[lo], E2M1[lo + 1] - E2M1[lo]
+
+
+def dge_derivative(a, k=5.0, clip=3.0):
+    """f'(a) of the differentiable gradient estimator at scaled weights a in [-6, 6] (PAPERS 2.2), float64."""
+    left, width = grid_interval(np.abs(np.asarray(a, np.float64)))
+    u = np.abs(2 * (np.abs(a) - left) / width - 1)
+    with np.errstate(divide="ignore"):
+        return np.minimum(u ** (1 / k - 1) / k, clip)
+
+
+def dge_value(a, k=5.0):
+    """f(a), the curve through the grid points of which that is the derivative; 0 <= a <= 6."""
+    left, width = grid_interval(np.asarray(a, np.float64))
+    u = 2 * (a - left) / width - 1
+    return left + width / 2 * (1 + np.sign(u) * np.abs(u) ** (1 / k))
+
+
+def sylvester(n):
+    """Hadamard matrix of +-1 of order n, not normalised."""
+    return np.array([[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)])
+
+
+class Eden(NamedTuple):
+    values: np.ndarray  # (M, K) of the codes, signed, on the grid
+    wanted: np.ndarray  # (M, K/16) float64, S * s_b, which is rounded stochastically to E4M3
+    g: float
+
+
+def ms_eden(x, signs, target=6 * (16 / 17) / 0.93, top=256.0, group=GROUP):
+    """MS-EDEN (PAPERS 4.3) of x (M, K) up to the rounding of its scales, in float64: rotation by
+    H diag(signs) / sqrt(n) in runs of n, codes to nearest with clipping, the correction S of each group."""
+    n = len(signs)
+    runs = np.asarray(x, np.float64).reshape(x.shape[0], -1, n)
+    y = ((runs * np.asarray(signs, np.float64)) @ sylvester(n) / np.sqrt(n)).reshape(x.shape)
+    g = np.abs(y).max() / (target * top)
+    blocks = y.reshape(x.shape[0], -1, GROUP)
+    s_b = decode_e4m3(e4m3_bytes(np.abs(blocks).max(axis=2) / (g * target))).astype(np.float64)
+    scaled = blocks / (s_b * g)[:, :, None]
+    q = np.copysign(E2M1[nearest(np.minimum(np.abs(scaled), 6), E2M1)], scaled)
+    by_group = (x.shape[0], -1, group)
+    yy = (scaled * scaled).reshape(by_group).sum(axis=2)
+    yq = (scaled * q).reshape(by_group).sum(axis=2)
+    correction = np.repeat(yy / yq, group // GROUP, axis=1)
+    return Eden(q.reshape(x.shape), correction * s_b, g)
 
 
 def hadamard_matrix():
