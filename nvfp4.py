@@ -368,12 +368,12 @@ SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 
 def hadamard(x, signs=SIGNS):
-    """Rotate x (M, K) in runs of 16 along K: v -> (v * signs) H_16 / 4, where H_1 = [1] and
-    H_2n = [[H_n, H_n], [H_n, -H_n]].
+    """Rotate x (M, K) in runs of n = len(signs), a power of two, along K: v -> (v * signs) H_n / sqrt(n),
+    where H_1 = [1] and H_2n = [[H_n, H_n], [H_n, -H_n]].
 
     Orthogonal, so (A H)(B H)^T = A B^T: it changes no product, but spreads an outlier over its whole run.
-    Computed in fp32 in four rounds that replace pairs at distance 1, 2, 4, 8, in this order, by their sum and
-    their difference; the result is rounded to x's dtype.
+    Computed in fp32 in rounds that replace pairs at distance 1, 2, 4, ..., n / 2, in this order, by their sum
+    and their difference; the result is rounded to x's dtype.
     source  2509.25149 section 4.2
     """
     signs = torch.as_tensor(signs, dtype=torch.float32, device=x.device)
@@ -381,11 +381,13 @@ def hadamard(x, signs=SIGNS):
 
 
 def rotate(runs, signs):
-    """hadamard() of runs (M, K/16, 16)."""
+    """hadamard() of runs (M, K/n, n)."""
     v = [element.float() * signs[j] for j, element in enumerate(runs.unbind(-1))]
-    for distance in (1, 2, 4, 8):
+    distance = 1
+    while distance < len(v):
         v = [v[j - distance] - v[j] if j & distance else v[j] + v[j + distance] for j in range(len(v))]
-    return stack_last([w * 0.25 for w in v]).to(runs.dtype)
+        distance *= 2
+    return stack_last([w * len(v) ** -0.5 for w in v], runs).to(runs.dtype)
 
 
 # ---------------------------------------------------------------- quantize
@@ -449,7 +451,7 @@ def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=Non
     amax        a number skips the search for the largest magnitude, which fixes the tensor scale; what
                 exceeds it saturates
     unbiased    leave room for the rounding of the scale, so that stochastic rounding never saturates
-    signs       (16,): rotate first, by hadamard()
+    signs       (n,): rotate first in runs of n, by hadamard()
     decode      a dtype: give Decoded in it instead of codes
     returns     Quantized or Decoded
     error       mean square on unit Gaussians in nvfp4 9.0e-3 (nearest, 1x16), 12.4e-3 (16x16), 18.8e-3
@@ -461,6 +463,7 @@ def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=Non
     height, width = form.shape_of(square)
     check_matrix(x, height, width, format)
     if signs is not None:
+        check_size("K", x.shape[1], len(signs), "the run of the rotation")
         x = hadamard(x, signs)
     blocks = x.unflatten(1, (-1, width))                                        # (M, K/block, block)
     amax = tensor_amax(x, amax if form.top else 1.0)
@@ -494,23 +497,23 @@ def unpack(codes, scales, dtype):
         code = (nibble & 7).float()                 # the grid is the largest of three straight lines
         value = torch.maximum(torch.maximum(0.5 * code, code - 2), 2 * code - 8)
         values.append(torch.where(nibble > 7, -value, value))
-    values = stack_last(values).flatten(1)          # (M, K)
+    values = stack_last(values, codes).flatten(1)   # (M, K)
     return (values.unflatten(1, (scales.shape[1], -1)) * scales[:, :, None]).to(dtype)
 
 
 def check_matrix(x, height, width, format):
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} must be a floating-point matrix; reshape it")
-    check_size("K", x.shape[1], width, format)
-    check_size("M", x.shape[0], height, format)
+    check_size("K", x.shape[1], width, f"{format} block")
+    check_size("M", x.shape[0], height, f"{format} block")
 
 
-def check_size(name, size, of, format):
+def check_size(name, size, of, what):
     if size == 0:
         raise ValueError(f"{name}=0: an empty matrix cannot be quantized; leave it out")
     if size % of:
-        raise ValueError(f"{name}={size} must be a multiple of {of} ({format} block); pad the layer or leave "
-                         "it out with --fp4_skip")
+        raise ValueError(f"{name}={size} must be a multiple of {of} ({what}); pad the layer or leave it out "
+                         "with --fp4_skip")
 
 
 class Both(NamedTuple):
@@ -525,13 +528,18 @@ def quantize_both(x, rows=None, columns=None):
     """x (M, N) for two GEMMs, quantized along its rows and along its columns; a GPU reads it once for both.
 
     rows, columns   keyword arguments of quantize(), or None: that GEMM takes x as it is
-    returns         Both: of x and of x^T, whose last block is filled up with zeros that add nothing to a sum
+    returns         Both: of x and of x^T, filled up with zeros, which add nothing to a sum
     """
     x_t = x.t()
-    if columns is not None and len(x) % FORMATS[columns["format"]].block:
-        x_t = F.pad(x, (0, 0, 0, -len(x) % FORMATS[columns["format"]].block)).t()
+    if columns is not None and len(x) % whole(columns):
+        x_t = F.pad(x, (0, 0, 0, -len(x) % whole(columns))).t()
     return Both(x if rows is None else quantize(x, **rows),
                 x_t if columns is None else quantize(x_t, **columns))
+
+
+def whole(how):
+    """What a matrix's K must be a multiple of to be quantized so: of blocks, and of runs of the rotation."""
+    return max(FORMATS[how["format"]].block, 1 if how["signs"] is None else len(how["signs"]))
 
 
 def matmul(a, b, dtype=torch.float32, ends=None):
@@ -574,6 +582,7 @@ class FP4Config:
     stochastic: tuple[str, ...] = ("dgrad.dy", "wgrad.dy")  # operands rounded stochastically
     unbiased: bool = False                          # stochastic operands leave room for rounding the scale
     hadamard: tuple[str, ...] = ()                  # GEMMs whose operands are rotated along the summed axis
+    hadamard_size: int = 16                         # of the rotation: runs of 16, 32 or 128
     signs: str = "fixed"                            # of the rotation: fixed, none (all +1), fresh (each step)
     square_weights: bool = True                     # square blocks: one quantized weight for fprop and dgrad
     input_amax: float | None = None                 # fixed tensor scale of activations; None: measured
@@ -586,7 +595,7 @@ class FP4Config:
     def __post_init__(self):
         for name, allowed in (("gemms", GEMMS), ("stochastic", OPERANDS), ("hadamard", GEMMS),
                               ("format", FORMATS), ("backward_format", (None, *FORMATS)),
-                              ("signs", ("fixed", "none", "fresh"))):
+                              ("hadamard_size", (16, 32, 128)), ("signs", ("fixed", "none", "fresh"))):
             value = getattr(self, name)
             for word in value if isinstance(value, tuple) else (value,):
                 if word not in allowed:
@@ -607,12 +616,18 @@ class FP4Config:
         """The names of all formats in use."""
         return self.format, self.backward_format or self.format
 
+    @property
+    def whole_channels(self):
+        """What a layer's N is filled up to a multiple of: blocks and, where dgrad is rotated, its runs."""
+        blocks = [FORMATS[format].block for format in self.formats]
+        return max(*blocks, self.hadamard_size if "dgrad" in self.hadamard else 1)
+
     def operand(self, name, keys, signs=None, result=None, experts=False):
         """What the recipe gives one of OPERANDS: keyword arguments of quantize(), or None where that GEMM
         stays in high precision.
 
         keys    (6, 2) int64, layer_keys()
-        signs   (16,) of the rotation, where they are at hand
+        signs   (hadamard_size,) of the rotation, where they are at hand
         result  dtype of the GEMM's result: a chip without FP4 units wants its operands Decoded; None: packed
                 on any chip, as what is kept for the backward
         experts whether it is a grouped GEMM, which is not done on packed operands here
@@ -624,7 +639,7 @@ class FP4Config:
         if gemm_name not in self.hadamard:
             signs = None
         elif signs is None or self.signs == "fresh":
-            signs = rotation_signs(self.signs, gemm_name, keys)
+            signs = rotation_signs(self.signs, gemm_name, keys, self.hadamard_size)
         square = matrix == "w" and self.square_weights
         forward = gemm_name == "fprop" or square    # a square weight is one for both
         format = self.format if forward else self.backward_format or self.format
@@ -636,13 +651,19 @@ class FP4Config:
                 "decode": decode}
 
 
-def rotation_signs(signs, gemm_name, keys):
-    """The 16 signs, fp32, of a GEMM's rotation, which are the same for both its operands."""
-    if signs == "fresh":                            # bits of the key of w, for a whole step, or of dy
-        bits = keys[OPERANDS.index("wgrad.dy" if gemm_name == "wgrad" else f"{gemm_name}.w"), 0]
-        return 1.0 - 2.0 * ((bits >> torch.arange(len(SIGNS), device=bits.device)) & 1)
-    fixed = SIGNS if signs == "fixed" else (1,) * len(SIGNS)
-    return torch.tensor(fixed, dtype=torch.float32, device=keys.device)
+def rotation_signs(signs, gemm_name, keys, size=16):
+    """The signs (size,), fp32, of a GEMM's rotation, which are the same for both its operands. Fixed ones of
+    another size than SIGNS are drawn too, with the key 0."""
+    if signs == "none":
+        return torch.ones(size, device=keys.device)
+    if signs == "fixed" and size == len(SIGNS):
+        return torch.tensor(SIGNS, dtype=torch.float32, device=keys.device)
+    key = torch.zeros_like(keys[0])
+    if signs == "fresh":                            # the key of w, for a whole step, or of dy
+        key = keys[OPERANDS.index("wgrad.dy" if gemm_name == "wgrad" else f"{gemm_name}.w")]
+    words = torch.stack(philox(0, 0, 1, 0, key[0], key[1]))     # random_bytes() never has a 1 there
+    bits = words[:, None] >> torch.arange(32, device=keys.device) & 1
+    return 1.0 - 2.0 * bits.flatten()[:size]
 
 
 RECIPES = {
@@ -659,8 +680,11 @@ RECIPES = {
     # 2512.02010, four over six, in the forward alone. The paper has it for gradients too, where it chooses by
     # errors of rounding at random; that is biased (2601.22813 section 4.2).
     "nvfp4_46": FP4Config(format="nvfp4_46", backward_format="nvfp4", hadamard=("wgrad",), tail=0.15),
-    # The same as "nvfp4" in MXFP4, with which 2509.25149 compares; there rotated in runs of 32, here of 16.
-    "mxfp4": FP4Config(format="mxfp4", hadamard=("wgrad",), tail=0.15),
+    # The same as "nvfp4" in MXFP4, with which 2509.25149 compares, rotated in runs of its block.
+    "mxfp4": FP4Config(format="mxfp4", hadamard=("wgrad",), hadamard_size=32, tail=0.15),
+    # 2605.09825 section 4: nothing is random. All is rounded to nearest, wgrad's operands are rotated without
+    # signs, and no block is kept in BF16.
+    "mxfp4_h16": FP4Config(format="mxfp4", stochastic=(), hadamard=("wgrad",), signs="none"),
 }
 
 
@@ -677,7 +701,9 @@ def describe_operand(cfg, name):
     form = FORMATS[how["format"]]
     words = [form.name] * (form.name != cfg.format)
     words += ["stochastic" if how["stochastic"] else "nearest", "%dx%d" % form.shape_of(how["square"])]
-    words += ["unbiased"] * how["unbiased"] + ["rotated"] * (how["signs"] is not None)
+    words += ["unbiased"] * how["unbiased"]
+    if how["signs"] is not None:
+        words.append("rotated" if len(how["signs"]) == len(SIGNS) else f"rotated by {len(how['signs'])}")
     if form.top is not None and how["amax"] is not None:
         words.append(f"amax = {how['amax']:g}")
     return ", ".join(words)
@@ -685,7 +711,7 @@ def describe_operand(cfg, name):
 
 # ---------------------------------------------------------------- the three GEMMs of a linear layer
 # x (M, K) of M tokens, w (N, K) and dy (M, N) come as Both: quantized along rows and along columns.
-# In a layer of E experts the tokens are sorted by expert, and each one's begin at a multiple of the block: so
+# In a layer of E experts the tokens are sorted by expert, and each one's begin at a multiple of any block: so
 # all are quantized as one matrix, and w as (E N, K), and only the products are made expert by expert, which
 # end at ends.
 
@@ -720,6 +746,9 @@ def wgrad(dy, x, dtype, ends=None):
 def fill_up(x, columns, rows=0):
     """x with so many columns and rows of zeros more, which add nothing to a sum."""
     return F.pad(x, (0, columns, 0, rows)) if columns or rows else x
+
+
+EXPERT_TOKENS = 32                                  # an expert's tokens begin at a multiple of it
 
 
 class FP4Function(torch.autograd.Function):
@@ -788,13 +817,13 @@ class FP4Linear(torch.nn.Linear):
         self.cfg, self.index = cfg, index           # index: which linear layer, for the random stream
         # no buffers: DistributedDataParallel would overwrite them with the first rank's
         self.keys = layer_keys(0, 0, 0, index).to(linear.weight.device)
-        self.signs = rotation_signs("none" if cfg.signs == "none" else "fixed", None, self.keys)
-        check_size("K", self.in_features, FORMATS[cfg.format].block, cfg.format)
+        self.signs = rotation_signs("none" if cfg.signs == "none" else "fixed", None, self.keys,
+                                    cfg.hadamard_size)
+        check_layer(self, cfg)
 
     def quantize_weight(self):
-        """The weight as Both, as the recipe wants fprop.w and dgrad.w; N filled up to the block."""
-        experts, block = self.weight.dim() == 3, max(FORMATS[format].block for format in self.cfg.formats)
-        padding = -self.out_features % block
+        """The weight as Both, as the recipe wants fprop.w and dgrad.w; N filled up to whole blocks."""
+        experts, padding = self.weight.dim() == 3, -self.out_features % self.cfg.whole_channels
         both = quantize_both(fill_up(self.weight.detach(), 0, padding).flatten(0, -2), *(
             self.cfg.operand(name, self.keys, self.signs, torch.bfloat16, experts)
             for name in ("fprop.w", "dgrad.w")))
@@ -824,6 +853,16 @@ def by_expert(w, E):
         return operand._replace(values=view(operand.values))
     return Both(shaped(w.rows, lambda t: t.unflatten(0, (E, -1))),
                 shaped(w.columns, lambda t: t.unflatten(1, (E, -1)).transpose(0, 1)))
+
+
+def check_layer(layer, cfg):
+    """raises ValueError where a layer's K does not divide into blocks, or into runs of the rotation."""
+    check_size("K", layer.in_features, FORMATS[cfg.format].block, f"{cfg.format} block")
+    if "fprop" in cfg.hadamard:
+        check_size("K", layer.in_features, cfg.hadamard_size, "fp4_hadamard_size")
+    if layer.weight.dim() == 3 and "wgrad" in cfg.hadamard and cfg.hadamard_size > EXPERT_TOKENS:
+        raise ValueError(f"fp4_hadamard_size={cfg.hadamard_size} must be {EXPERT_TOKENS} at most where there "
+                         "are experts: wgrad would mix the tokens of two; or leave them out with --fp4_skip")
 
 
 def fp4_layers(model):
@@ -1673,9 +1712,9 @@ def has_kernels(device):
             and torch.cuda.get_device_capability(device)[0] >= 8)
 
 
-def kernels_run(device, format):
+def kernels_run(device, format, signs=None):
     """The one place where it is decided whether the kernels quantize on a device, or the definition does."""
-    return FORMATS[format].kernels and has_kernels(device)
+    return FORMATS[format].kernels and (signs is None or len(signs) == len(SIGNS)) and has_kernels(device)
 
 
 @torch.compiler.assume_constant_result
@@ -1727,11 +1766,12 @@ def capability(device=None, format="nvfp4"):
 
 # ---------------------------------------------------------------- fusing the lesson's elementwise functions
 
-def fused(definition):
-    """One compiled pass over memory in place of a pass for each operation; the bits are the same."""
+def fused(definition, worth=lambda *args: True):
+    """One compiled pass over memory in place of a pass for each operation; the bits are the same. worth says
+    for which arguments it is."""
     @functools.wraps(definition)
     def run(*args):
-        return run_fused(definition, *args)
+        return run_fused(definition, *args) if worth(*args) else definition(*args)
     return run
 
 
@@ -1791,7 +1831,7 @@ def run_fused(definition, x, *args):
 # all that goes with it must lie the same way. These three see to it and change no value.
 
 def lies_transposed(x):
-    return x.stride(0) == 1 < x.stride(1)
+    return x.stride(0) == 1 < x.stride(-1)
 
 
 def lay_out_like(x, scale):
@@ -1813,9 +1853,10 @@ def unpack_bytes(random):
     return (random[..., None] >> shifts & 255).flatten(-2)
 
 
-def stack_last(parts):
-    """torch.stack(parts, -1) of matrices, but in memory as they are."""
-    if lies_transposed(parts[0]):
+def stack_last(parts, like):
+    """torch.stack(parts, -1) of matrices, but in memory as the tensor is that they come from. (A part with a
+    single column would not tell.)"""
+    if lies_transposed(like):
         return torch.stack([part.t() for part in parts], 1).permute(2, 0, 1)
     return torch.stack(parts, -1)
 
@@ -1895,8 +1936,9 @@ def _(x, *arguments):
         if how is None:
             continue
         form, (M, K) = FORMATS[how["format"]], x.shape[::-1] if turned else x.shape
-        n_blocks, (height, block) = (K + form.block - 1) // form.block, form.shape_of(how["square"])
-        kernels = kernels_run(x.device, how["format"])
+        height, block = form.shape_of(how["square"])
+        n_blocks = (K + whole(how) - 1) // whole(how) * (whole(how) // block)
+        kernels = kernels_run(x.device, how["format"], how["signs"])
 
         def empty(n, m, dtype, lies_turned):        # in memory, what comes of x^T lies as x does ...
             return x.new_empty((m, n), dtype=dtype).t() if lies_turned else x.new_empty((n, m), dtype=dtype)
@@ -1965,8 +2007,8 @@ def with_known_s_dec(q, how):
 
 def quantize_both_here(x, rows, columns):
     """By the kernels where they run, and otherwise as the lesson says."""
-    formats = {how["format"] for how in (rows, columns) if how is not None}
-    if formats and all(kernels_run(x.device, format) for format in formats):
+    wanted = [how for how in (rows, columns) if how is not None]
+    if wanted and all(kernels_run(x.device, how["format"], how["signs"]) for how in wanted):
         return quantize_both_triton(x, rows, columns)
     return quantize_both.definition(x, rows, columns)
 
@@ -1996,7 +2038,7 @@ def accelerate_quantize_both(_, x, rows=None, columns=None):
 @torch.no_grad()
 def accelerate_quantize(definition, x, *args, **kwargs):
     how = choices(*args, **kwargs)
-    if torch.compiler.is_compiling() or kernels_run(x.device, how["format"]):
+    if torch.compiler.is_compiling() or kernels_run(x.device, how["format"], how["signs"]):
         return accelerate_quantize_both(None, x, how).rows
     return with_known_s_dec(definition(x, **how), how)
 
@@ -2043,8 +2085,9 @@ ACCELERATED = {"quantize": accelerate_quantize, "quantize_both": accelerate_quan
                "matmul": accelerate_matmul}
 
 # From here on these names, in the lesson too, mean what was made of its functions above.
-find_scales, round_blocks, random_words, words_turned, rotate, pack, unpack, scale_result = map(fused, (
-    find_scales, round_blocks, random_words, words_turned, rotate, pack, unpack, scale_result))
+find_scales, round_blocks, random_words, words_turned, pack, unpack, scale_result = map(fused, (
+    find_scales, round_blocks, random_words, words_turned, pack, unpack, scale_result))
+rotate = fused(rotate, worth=lambda runs, signs: len(signs) <= 32)     # 128 would take minutes to compile
 quantize, quantize_both, matmul = map(accelerated, (quantize, quantize_both, matmul))
 
 

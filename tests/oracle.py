@@ -229,9 +229,15 @@ def dge_value(a, k=5.0):
     return left + width / 2 * (1 + np.sign(u) * np.abs(u) ** (1 / k))
 
 
-def sylvester(n):
-    """Hadamard matrix of +-1 of order n, not normalised."""
+def hadamard_matrix(n=GROUP):
+    """Natural-order n x n Hadamard matrix of +-1, not normalised."""
     return np.array([[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)])
+
+
+def rotation_signs(size, key=0):
+    """Signs of a rotation drawn with a key: the bits of one Philox call, 1 being -1."""
+    words = philox((0, 0, 1, 0), split64(key))
+    return [1 - 2 * (int(words[i // 32]) >> (i % 32) & 1) for i in range(size)]
 
 
 class Eden(NamedTuple):
@@ -245,7 +251,7 @@ def ms_eden(x, signs, target=6 * (16 / 17) / 0.93, top=256.0, group=GROUP):
     H diag(signs) / sqrt(n) in runs of n, codes to nearest with clipping, the correction S of each group."""
     n = len(signs)
     runs = np.asarray(x, np.float64).reshape(x.shape[0], -1, n)
-    y = ((runs * np.asarray(signs, np.float64)) @ sylvester(n) / np.sqrt(n)).reshape(x.shape)
+    y = ((runs * np.asarray(signs, np.float64)) @ hadamard_matrix(n) / np.sqrt(n)).reshape(x.shape)
     g = np.abs(y).max() / (target * top)
     blocks = y.reshape(x.shape[0], -1, GROUP)
     s_b = decode_e4m3(e4m3_bytes(np.abs(blocks).max(axis=2) / (g * target))).astype(np.float64)
@@ -258,24 +264,19 @@ def ms_eden(x, signs, target=6 * (16 / 17) / 0.93, top=256.0, group=GROUP):
     return Eden(q.reshape(x.shape), correction * s_b, g)
 
 
-def hadamard_matrix():
-    """Natural-order 16 x 16 Hadamard matrix of +-1, not normalised."""
-    index = range(GROUP)
-    return np.array([[(-1.0) ** (i & j).bit_count() for j in index] for i in index])
-
-
 def hadamard(x, signs=SIGNS, bf16=False):
-    """(x * signs) @ H16 / 4 in groups of 16 of the last axis, by fp32 butterflies; then to bf16 if asked."""
-    x = np.asarray(x)
-    assert x.dtype == F32 and x.shape[-1] % GROUP == 0
-    y = x.reshape(-1, GROUP) * np.asarray(signs, F32)
-    for stride in (1, 2, 4, 8):
-        low = np.array([i for i in range(GROUP) if not i & stride])
+    """(x * signs) @ H_n / sqrt(n) in runs of n signs of the last axis, by fp32 butterflies; then to bf16 if
+    asked."""
+    x, n = np.asarray(x), len(signs)
+    assert x.dtype == F32 and x.shape[-1] % n == 0
+    y = x.reshape(-1, n) * np.asarray(signs, F32)
+    for stride in [2**i for i in range(n.bit_length() - 1)]:
+        low = np.array([i for i in range(n) if not i & stride])
         u, v = y[:, low], y[:, low + stride]
         y = np.empty_like(y)
         with np.errstate(over="ignore", invalid="ignore"):
             y[:, low], y[:, low + stride] = u + v, u - v
-    y = (y * F32(0.25)).reshape(x.shape)
+    y = (y * F32(n**-0.5)).reshape(x.shape)
     return to_bf16(y) if bf16 else y
 
 

@@ -293,33 +293,54 @@ def test_unbiased_target_removes_saturation():
 
 # ---------------------------------------------------------------- the Hadamard transform
 
-NONE = (1,) * BLOCK
+ROTATIONS = {f"{kind}, {n}": rotation_signs(kind, None, torch.zeros(6, 2, dtype=torch.int64), n).tolist()
+             for kind, n in product(("fixed", "none"), (16, 32, 128))}
 
 
-@pytest.mark.parametrize("signs", (SIGNS, NONE), ids=("fixed", "none"))
+def test_fixed_signs():
+    """TransformerEngine's 16; drawn ones are the oracle's, balanced, and a longer vector begins as a shorter.
+    Of a fresh rotation the key is its GEMM's."""
+    assert SIGNS == oracle.SIGNS == tuple(ROTATIONS["fixed, 16"])
+    for n in (32, 128):
+        assert ROTATIONS[f"fixed, {n}"] == oracle.rotation_signs(n) != [1] * n == ROTATIONS[f"none, {n}"]
+        assert abs(sum(oracle.rotation_signs(n))) < 4 * n**0.5
+    layer = make_layer(FP4Config())
+    for gemm_name, operand, n in product(("fprop.w", "dgrad.w", "wgrad.dy"), OPERANDS, (16, 128)):
+        key = oracle.stream_key(*PLACE, layer.index, OPERANDS.index(operand))
+        fresh = rotation_signs("fresh", gemm_name.split(".")[0], layer.keys, n).tolist()
+        assert (fresh == oracle.rotation_signs(n, key)) is (gemm_name == operand)
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
 @pytest.mark.parametrize("dtype", (FP32, BF16))
-def test_hadamard(dtype, signs):
+def test_hadamard(dtype, name):
     """The oracle's bits, the matrix's numbers, and (A H)(B H)^T = A B^T."""
-    assert SIGNS == oracle.SIGNS
+    signs, n = ROTATIONS[name], len(ROTATIONS[name])
+    others = [-sign for sign in signs[:n // 2]] + signs[n // 2:]
     for kind in KINDS:
-        x = sample(kind, (32, 80), dtype)
+        x = sample(kind, (32, 5 * n), dtype)
         want = torch.tensor(oracle.hadamard(x.float().numpy(), signs, dtype == BF16)).to(dtype)
-        assert same(hadamard(x, signs), want) and not same(hadamard(x, SIGNS[::-1]), want)
-    # small integers: everything is exact
-    matrix = torch.tensor(oracle.hadamard_matrix())
-    a, b = (gaussian(24, 64, seed=s).mul(4).round().clamp(-8, 8).to(dtype) for s in (0, 1))
+        assert same(hadamard(x, signs), want) and not (x.any() and same(hadamard(x, others), want))
+    # small integers: everything is exact, but for sqrt(32) and sqrt(128)
+    matrix = torch.tensor(oracle.hadamard_matrix(n))
+    a, b = (gaussian(24, 4 * n, seed=s).mul(4).round().clamp(-8, 8).to(dtype) for s in (0, 1))
     exact, turned = a.double() @ b.double().T, hadamard(a, signs).double()
-    assert torch.equal(turned[:, :16], (a[:, :16] * torch.tensor(signs)).double() @ matrix / 4)
-    assert torch.equal(turned @ hadamard(b, signs).double().T, exact)
-    assert not torch.equal(turned @ hadamard(b, SIGNS[::-1]).double().T, exact)
-    # four fp32 additions, each off by u = 2^-24 of at most |a|_1 / 4 <= |a|_2, leave an error of 4 u |a|_2 in
-    # each of a block's 16 numbers, 16 u |a|_2 in all; bf16 adds 2^-8 |a|_2. Both factors err; 5 % spare.
-    a, b = sample("cauchy", (24, 64), dtype), sample("gaussian", (40, 64), dtype)
-    a_norm, b_norm = (x.double().unflatten(1, (-1, BLOCK)).norm(dim=2) for x in (a, b))
-    bound = 2.1 * (16 * 2**-24 + (2**-8 if dtype == BF16 else 0)) * a_norm @ b_norm.T
+    rounding = 0 if n == 16 else 2**-8 if dtype == BF16 else 2**-22
+    want = (a[:, :n] * torch.tensor(signs)).double() @ matrix / n**0.5
+    assert ((turned[:, :n] - want).abs() <= rounding * want.abs()).all()
+    if n == 16:
+        assert torch.equal(turned @ hadamard(b, signs).double().T, exact)
+        assert not torch.equal(turned @ hadamard(b, others).double().T, exact)
+    # log2(n) fp32 additions, each off by u = 2^-24 of at most |a|_1 / sqrt(n) <= |a|_2, and a multiplication
+    # by a rounded number leave an error of (log2(n) + 2) u |a|_2 in each of a run's n numbers, sqrt(n) times
+    # that in all; bf16 adds 2^-8 |a|_2. Both factors err; 5 % spare.
+    a, b = sample("cauchy", (24, 4 * n), dtype), sample("gaussian", (40, 4 * n), dtype)
+    a_norm, b_norm = (x.double().unflatten(1, (-1, n)).norm(dim=2) for x in (a, b))
+    error = n**0.5 * (n.bit_length() + 1) * 2**-24 + (2**-8 if dtype == BF16 else 0)
+    bound = 2.1 * error * a_norm @ b_norm.T
     exact, turned = a.double() @ b.double().T, hadamard(a, signs).double()
     assert ((turned @ hadamard(b, signs).double().T - exact).abs() <= bound).all()
-    assert not ((turned @ hadamard(b, SIGNS[::-1]).double().T - exact).abs() <= bound).all()
+    assert not ((turned @ hadamard(b, others).double().T - exact).abs() <= bound).all()
 
 
 # ---------------------------------------------------------------- rows and columns, packed and decoded
@@ -408,7 +429,10 @@ CONFIGS = {
     "rotated, fresh signs": FP4Config(hadamard=GEMMS, signs="fresh"), "unbiased": FP4Config(unbiased=True),
     "all stochastic": FP4Config(stochastic=OPERANDS), "only fprop.w": FP4Config(stochastic=("fprop.w",)),
     "all fixed": FP4Config(input_amax=1.0, weight_amax=1.0, grad_amax=4.0), "mxfp4": RECIPES["mxfp4"],
-    "nvfp4_46": RECIPES["nvfp4_46"],
+    "mxfp4_h16": RECIPES["mxfp4_h16"], "nvfp4_46": RECIPES["nvfp4_46"],
+    "rotated by 32": FP4Config(hadamard=GEMMS, hadamard_size=32),
+    "rotated by 32, fresh signs": FP4Config(hadamard=GEMMS, hadamard_size=32, signs="fresh"),
+    "rotated by 128": FP4Config(hadamard=("wgrad",), hadamard_size=128, signs="none"),
     "another format backward": FP4Config(backward_format="mxfp4", square_weights=False)}
 PLACE = SEED, 7, 0                                  # seed, step, micro_batch
 
@@ -440,12 +464,13 @@ def by_definition(layer, x, dy, autocast=False):
     """y, dx, dw written out: pad the tokens, rotate, quantize rows along the summed axis, multiply."""
     cfg, w, M, dtype = layer.cfg, layer.weight.detach(), len(x), BF16 if autocast else FP32
     backward = cfg.backward_format or cfg.format
-    x, dy = (F.pad(t.to(dtype), (0, 0, 0, -M % FORMATS[backward].block)) for t in (x, dy))
+    fill = max(FORMATS[backward].block, cfg.hadamard_size if "wgrad" in cfg.hadamard else 1)
+    x, dy = (F.pad(t.to(dtype), (0, 0, 0, -M % fill)) for t in (x, dy))
 
     def operand(name, t):
         gemm_name, kind = name.split(".")
-        signs = {"fixed": oracle.SIGNS, "none": NONE,
-                 "fresh": rotation_signs(cfg.signs, gemm_name, layer.keys)}[cfg.signs]
+        signs = (rotation_signs("fresh", gemm_name, layer.keys, cfg.hadamard_size) if cfg.signs == "fresh"
+                 else ROTATIONS[f"{cfg.signs}, {cfg.hadamard_size}"])
         stochastic = name in cfg.stochastic
         forward = gemm_name == "fprop" or (kind == "w" and cfg.square_weights)
         return quantize(hadamard(t, signs) if gemm_name in cfg.hadamard else t,
@@ -489,7 +514,8 @@ def test_layer_is_its_definition(name, shape, autocast):
 @pytest.mark.parametrize("change, differs", (
     ({"gemms": ("fprop",)}, (0, 1, 1)), ({"gemms": ("dgrad", "wgrad")}, (1, 0, 0)),
     ({"hadamard": ("fprop",)}, (1, 0, 0)), ({"hadamard": ("dgrad",)}, (0, 1, 0)),
-    ({"hadamard": ("wgrad",)}, (0, 0, 1)), ({"stochastic": ()}, (0, 1, 1)), ({"unbiased": True}, (0, 1, 1)),
+    ({"hadamard": ("wgrad",)}, (0, 0, 1)), ({"hadamard_size": 32}, (0, 0, 0)),
+    ({"stochastic": ()}, (0, 1, 1)), ({"unbiased": True}, (0, 1, 1)),
     ({"stochastic": ("dgrad.dy", "wgrad.dy", "fprop.x")}, (1, 0, 0)), ({"square_weights": False}, (1, 1, 0)),
     ({"backward_format": "mxfp4"}, (0, 1, 1)), ({"format": "mxfp4", "backward_format": "nvfp4"}, (1, 1, 0)),
     ({"input_amax": 1.0}, (1, 0, 1)), ({"weight_amax": 1.0}, (1, 1, 0)), ({"grad_amax": 4.0}, (0, 1, 1))))
@@ -664,8 +690,9 @@ def test_convert(change, converted, kept):
 
 
 @pytest.mark.parametrize("cfg", [RECIPES["ngpt"], RECIPES["nvfp4"], RECIPES["mxfp4"],
-                                 FP4Config(gemms=("fprop",)), FP4Config(gemms=("dgrad",))],
-                         ids=["ngpt", "nvfp4", "mxfp4", "fprop", "dgrad"])
+                                 FP4Config(gemms=("fprop",)), FP4Config(gemms=("dgrad",)),
+                                 FP4Config(hadamard=("dgrad",), hadamard_size=32)],
+                         ids=["ngpt", "nvfp4", "mxfp4", "fprop", "dgrad", "rotated by 32"])
 def test_any_number_of_output_channels(cfg):
     """50 of them: y, dx and dw of a layer with rows of zeros up to the next block, to the bit."""
     layer, wide = (FP4Linear(torch.nn.Linear(64, N, bias=False), cfg, 5) for N in (50, 64))
@@ -681,14 +708,25 @@ def test_any_number_of_output_channels(cfg):
     assert not same(dx, by_definition(wide, x, F.pad(dy[:, 1:51], (0, 14)))[1])                 # control
 
 
+def experts():
+    """A layer of two experts, (2, 64, 32), as far as FP4Linear looks at it."""
+    layer = torch.nn.Linear(32, 64, bias=False)
+    layer.weight = torch.nn.Parameter(torch.ones(2, 64, 32))
+    return layer
+
+
 @pytest.mark.parametrize("words, mistake", (
     ("K=100", lambda: quantize(torch.ones(16, 100))), ("K=0", lambda: quantize(torch.ones(16, 0))),
     ("M=17", lambda: quantize(torch.ones(17, 32), square=True)), ("(16,)", lambda: quantize(torch.ones(16))),
     ("K=43", lambda: quantize_both(torch.ones(43, 43), choices(), choices())),
     ("int64", lambda: quantize(torch.ones(16, 16).long())),
     ("K=100", lambda: FP4Linear(torch.nn.Linear(100, 32), FP4Config())),
+    ("K=48", lambda: FP4Linear(torch.nn.Linear(48, 64), FP4Config(hadamard=("fprop",), hadamard_size=32))),
+    ("K=80", lambda: quantize(torch.ones(16, 80), signs=torch.ones(32))),
+    ("hadamard_size=128", lambda: FP4Linear(experts(), FP4Config(hadamard=("wgrad",), hadamard_size=128))),
     *((f"fp4_{name}=", lambda name=name, value=value: FP4Config(**{name: value})) for name, value in (
         ("gemms", ("fprob",)), ("stochastic", ("x",)), ("hadamard", ("all",)), ("signs", "some"),
+        ("hadamard_size", 64),
         ("format", "int4"), ("backward_format", "int4"), ("tail", 1.5), ("head_blocks", -1),
         ("input_amax", 0), ("weight_amax", -1), ("grad_amax", float("nan"))))))
 def test_mistakes_get_one_line(words, mistake):
@@ -962,6 +1000,7 @@ def test_where_stochastic_rounding_is_biased(monkeypatch):
 # ---------------------------------------------------------------- the compiled code is the definition
 
 COMPILED = ("nvfp4", "mxfp4", "nvfp4_46")           # the others take as long: -m long
+FIXED_32 = torch.tensor(ROTATIONS["fixed, 32"], dtype=FP32)
 FIXED, KEY = torch.tensor(SIGNS, dtype=FP32), torch.tensor(nvfp4.stream_key(SEED, 1, 2, 3, 4))
 
 
@@ -971,7 +1010,7 @@ FIXED, KEY = torch.tensor(SIGNS, dtype=FP32), torch.tensor(nvfp4.stream_key(SEED
     (BF16, False, {"stochastic": True, "seed": KEY, "unbiased": True, "decode": BF16}, {"unbiased": False}),
     (FP32, True, {"signs": FIXED}, {"signs": FIXED.flip(0)}),
     (BF16, True, {"stochastic": True, "seed": KEY, "signs": FIXED, "decode": FP32}, {"seed": KEY + 1}),
-    (BF16, False, {"format": "mxfp4", "stochastic": True, "seed": KEY}, {"seed": KEY + 1}),
+    (BF16, False, {"format": "mxfp4", "stochastic": True, "seed": KEY, "signs": FIXED_32}, {"seed": KEY + 1}),
     (BF16, False, {"format": "nvfp4_46"}, {"format": "nvfp4_46_mae"}),
     *(pytest.param(BF16, False, {"format": name, "stochastic": True, "seed": KEY}, {"seed": KEY + 1},
                    marks=pytest.mark.long) for name in FORMATS if name not in COMPILED)),
