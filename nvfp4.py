@@ -151,14 +151,22 @@ class Format:
     top: float | None                               # largest block scale of a tensor; None: no tensor scale
     unbiased: float | None                          # a target below 6, see target(); None: none would do
     kernels: bool = False                           # has kernels in part 2; its definition runs otherwise
+    by_row: bool = False                            # each row has a tensor scale: s_enc and s_dec are (M, 1)
 
     @property
     def bits(self):
-        """Bits a value takes, scales included."""
+        """Bits a value takes, scales included, but those of a tensor or row."""
         return 4 + 8 * self.scale_dtype.itemsize / self.block
+
+    @property
+    def squares(self):
+        """Whether its blocks may be square."""
+        return not self.by_row
 
     def shape_of(self, square):
         """(rows, columns) of a block."""
+        if square and not self.squares:
+            raise ValueError(f"square: {self.name} has no square blocks; set fp4_square_weights=False")
         return (self.block if square else 1), self.block
 
     def target(self, unbiased):
@@ -171,6 +179,7 @@ class Format:
 
 def encode_scale(scale, s_dec):
     """What x is multiplied by to be in units of its code: 1 / (scale * s_dec), where the scale is 0 too."""
+    s_dec = s_dec[..., None] if s_dec.dim() else s_dec                          # of rows: (M, 1, 1)
     return torch.clamp((scale * s_dec).reciprocal(), max=FLT_MAX)
 
 
@@ -242,6 +251,11 @@ def e8m0_floor_scales(blocks, s_enc, target):
     return power_of_two(exponent - 3, amax_b)
 
 
+def no_scales(blocks, s_enc, target):
+    """1: the scale of a row is all."""
+    return torch.where(block_amax(blocks) < math.inf, 1.0, math.nan)
+
+
 def power_of_two(exponent, amax_b):
     """E8M0's numbers: exponents from -127 to 127, and NaN."""
     scale = torch.ldexp(torch.ones_like(amax_b), exponent.clamp(-127, 127))
@@ -259,12 +273,14 @@ FORMATS = {f.name: f for f in (
     Format("nvfp4_46_max", 16, torch.float8_e4m3fn, four_six_max_scales, top=256.0, unbiased=UNBIASED),
     Format("mxfp4", 32, torch.float8_e8m0fnu, e8m0_scales, top=None, unbiased=E2M1_MAX),
     Format("mxfp4_floor", 32, torch.float8_e8m0fnu, e8m0_floor_scales, top=None, unbiased=None),
+    # 2501.17116: an fp32 scale for each token and each output channel. Its codes are kept in blocks too.
+    Format("e2m1_vector", 16, torch.float8_e8m0fnu, no_scales, top=1.0, unbiased=E2M1_MAX, by_row=True),
 )}
 
 
 def tensor_scales(amax, top, target=E2M1_MAX):
     """The tensor's encode and decode scale, fp32: its largest block is to have scale top and largest code
-    target.
+    target. Those of rows, where amax is (M, 1).
 
     value   s_enc = top * target / amax, at most FLT_MAX, 1 for an all-zero tensor; s_dec = 1 / s_enc; without
             a top both are 1
@@ -398,7 +414,7 @@ class Quantized(NamedTuple):
     codes   (M, K/2) uint8, two E2M1 codes a byte, the low nibble is the even column
     scales  (M/h, K/block) in the format's dtype; h = 1, or block for square blocks. Quantized on a GPU with
             FP4 units, as swizzle() orders them; unswizzle() undoes that (part 2)
-    s_dec   () fp32
+    s_dec   () fp32; (M, 1) in a format with a scale for each row
     """
     codes: torch.Tensor
     scales: torch.Tensor
@@ -425,7 +441,7 @@ def scales_of_lines(scales, n_lines):
 
 class Decoded(NamedTuple):
     """The same matrix with codes and scales multiplied out, for chips without FP4 units: values = code *
-    scale (M, K), exact in bf16; s_dec () fp32, and as a number where that is known."""
+    scale (M, K), exact in bf16; s_dec () or (M, 1) fp32, and as a number where that is known."""
     values: torch.Tensor
     s_dec: torch.Tensor
     s_dec_known: float | None = None
@@ -465,11 +481,7 @@ def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=Non
     if signs is not None:
         check_size("K", x.shape[1], len(signs), "the run of the rotation")
         x = hadamard(x, signs)
-    blocks = x.unflatten(1, (-1, width))                                        # (M, K/block, block)
-    amax = tensor_amax(x, amax if form.top else 1.0)
-    scale, s_dec = find_scales(blocks.unflatten(0, (-1, height)), amax, form.scales, form.top,
-                               form.target(unbiased))
-    scale = lay_out_like(x, scale.expand(-1, height, -1, -1).flatten(0, 1))     # each row's: (M, K/block, 1)
+    blocks, scale, s_dec = blocks_and_scales(x, form, square, amax, unbiased)
     random = random_bytes(as_key(seed, x.device), x).reshape(*blocks.shape[:2], -1) if stochastic else None
     rounded = round_blocks(blocks, scale, s_dec, random, decode).reshape(x.shape)
     if decode is not None:
@@ -477,10 +489,24 @@ def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=Non
     return Quantized(pack(rounded), scale[::height, :, 0].to(form.scale_dtype), s_dec)
 
 
-def tensor_amax(x, amax=None):
-    """The number that fixes the tensor scale, () fp32 on x's device: given, or the largest magnitude."""
+def blocks_and_scales(x, form, square=False, amax=None, unbiased=False):
+    """x (M, K) in blocks, (M, K/block, block), the scales of each row's, (M, K/block, 1), and s_dec; the
+    arguments are quantize()'s."""
+    height, width = form.shape_of(square)
+    blocks = x.unflatten(1, (-1, width))
+    amax = tensor_amax(x, amax if form.top else 1.0, form.by_row)
+    scale, s_dec = find_scales(blocks.unflatten(0, (-1, height)), amax, form.scales, form.top,
+                               form.target(unbiased))
+    return blocks, lay_out_like(x, scale.expand(-1, height, -1, -1).flatten(0, 1)), s_dec
+
+
+def tensor_amax(x, amax=None, by_row=False):
+    """The number that fixes the tensor scale, () fp32 on x's device: given, or the largest magnitude; by_row
+    that of each row, (M, 1)."""
     if amax is not None:
         return torch.full((), float(amax), device=x.device)
+    if by_row:
+        return x.abs().amax(1, keepdim=True).float()
     low, high = torch.aminmax(x.t() if lies_transposed(x) else x)               # as it lies in memory
     return torch.maximum(-low, high).float()
 
@@ -551,7 +577,16 @@ def matmul(a, b, dtype=torch.float32, ends=None):
     if torch.is_tensor(a):
         return grouped(F.linear, a, b.to(a.dtype), ends).to(dtype)              # w may be an fp32 master
     y = grouped(F.linear, a.decode(torch.float32), b.decode(torch.float32), ends)   # part 2 has faster ways
-    return (y * (a.s_dec * b.s_dec)).to(dtype)
+    return (y * scale_of_product(a.s_dec, b.s_dec, ends)).to(dtype)
+
+
+def scale_of_product(a, b, ends):
+    """What the product of two quantized matrices is multiplied by: () or, with scales of rows, a number for
+    each of its elements. a: s_dec () or (M, 1); b: () or (N, 1), of experts' weights (E, N, 1)."""
+    if b.dim() < 3:
+        return a * b.t()
+    a = a if a.dim() else a.expand(int(ends[-1]), 1)
+    return grouped(lambda s, t: s * t.mT, a, b, ends)
 
 
 def grouped(product, a, b, ends):
@@ -585,6 +620,11 @@ class FP4Config:
     hadamard_size: int = 16                         # of the rotation: runs of 16, 32 or 128
     signs: str = "fixed"                            # of the rotation: fixed, none (all +1), fresh (each step)
     square_weights: bool = True                     # square blocks: one quantized weight for fprop and dgrad
+    reuse_codes: bool = False                       # dgrad's w and wgrad's x are what fprop's codes stand for
+    dge_k: float | None = None                      # gradient estimator of weights: exponent, 5; None: off
+    dge_clip: float = 3.0                           # its largest slope
+    occ: float | None = None                        # clamp a token's outliers: quantile, 0.99; None: off
+    occ_compensate: bool = True                     # and add their product in high precision
     input_amax: float | None = None                 # fixed tensor scale of activations; None: measured
     weight_amax: float | None = None                # the same for weights
     grad_amax: float | None = None                  # the same for output gradients
@@ -608,6 +648,12 @@ class FP4Config:
             raise ValueError(f"fp4_tail={self.tail} must be in [0, 1]")
         if self.head_blocks < 0:
             raise ValueError(f"fp4_head_blocks={self.head_blocks} must be >= 0")
+        if self.dge_k is not None and not self.dge_k >= 1 or not self.dge_clip > 0:
+            raise ValueError(f"fp4_dge_k={self.dge_k} must be 1 or more, and fp4_dge_clip={self.dge_clip} "
+                             "positive")
+        if self.occ is not None and not 0.5 < self.occ <= 1:
+            raise ValueError(f"fp4_occ={self.occ} must be a quantile in (0.5, 1]")
+        FORMATS[self.format].shape_of(self.square_weights)
         for format in self.formats:
             FORMATS[format].target(self.unbiased)
 
@@ -682,6 +728,10 @@ RECIPES = {
     "nvfp4_46": FP4Config(format="nvfp4_46", backward_format="nvfp4", hadamard=("wgrad",), tail=0.15),
     # The same as "nvfp4" in MXFP4, with which 2509.25149 compares, rotated in runs of its block.
     "mxfp4": FP4Config(format="mxfp4", hadamard=("wgrad",), hadamard_size=32, tail=0.15),
+    # 2501.17116: scales of tokens and output channels, outliers clamped and compensated, dw by DGE. Gradients
+    # stay in BF16, and so do the GEMMs of the backward, which multiply them with the 4-bit values.
+    "fp4_dge_occ": FP4Config(format="e2m1_vector", gemms=("fprop",), stochastic=(), square_weights=False,
+                             reuse_codes=True, dge_k=5.0, occ=0.99),
     # 2605.09825 section 4: nothing is random. All is rounded to nearest, wgrad's operands are rotated without
     # signs, and no block is kept in BF16.
     "mxfp4_h16": FP4Config(format="mxfp4", stochastic=(), hadamard=("wgrad",), signs="none"),
@@ -700,7 +750,8 @@ def describe_operand(cfg, name):
         return None
     form = FORMATS[how["format"]]
     words = [form.name] * (form.name != cfg.format)
-    words += ["stochastic" if how["stochastic"] else "nearest", "%dx%d" % form.shape_of(how["square"])]
+    words += ["stochastic" if how["stochastic"] else "nearest",
+              "a row" if form.by_row else "%dx%d" % form.shape_of(how["square"])]
     words += ["unbiased"] * how["unbiased"]
     if how["signs"] is not None:
         words.append("rotated" if len(how["signs"]) == len(SIGNS) else f"rotated by {len(how['signs'])}")
@@ -751,32 +802,89 @@ def fill_up(x, columns, rows=0):
 EXPERT_TOKENS = 32                                  # an expert's tokens begin at a multiple of it
 
 
+def split_outliers(x, quantile):
+    """OCC, outlier clamping and compensation: x (M, K) in two, clamped to two quantiles of each token, and
+    the rest, which is zero but for 2 (1 - quantile) of it. The first is quantized; fprop's y gets the product
+    of the second in high precision (here a dense one).
+
+    source  2501.17116 section 3.3; quantiles of tokens as in its code, so that none sees a later one
+    """
+    K = x.shape[1]
+    rank = round(quantile * (K - 1))
+    ordered = x.sort(1).values
+    clamped = x.clamp(ordered[:, K - 1 - rank, None], ordered[:, rank, None])
+    return clamped, x - clamped
+
+
+def dge_slope(w, how, k, clip):
+    """DGE, the differentiable gradient estimator: what wgrad's dw is multiplied by, fp32 of w's shape, as if
+    w had been rounded by a smooth curve through the steps. With u in [-1, 1] the place of w, in units of its
+    scale, between two codes:
+
+    value   f'(u) = 1/k |u|^(1/k - 1), at most clip: 1/k next to a code, most where rounding jumps
+    how     fprop.w's, cfg.operand()
+    source  2501.17116 section 3.2
+    """
+    form = FORMATS[how["format"]]
+    rows = w.float().flatten(0, -2)                 # of all experts
+    blocks, scale, s_dec = blocks_and_scales(rows, form, how["square"], how["amax"], how["unbiased"])
+    a = torch.clamp(blocks.abs() * encode_scale(scale, s_dec), max=E2M1_MAX)
+    steps = a * torch.where(a < 2, 2.0, torch.where(a < 4, 1.0, 0.5))
+    u = 2 * (steps - torch.floor(steps)) - 1
+    return torch.clamp(u.abs() ** (1 / k - 1) / k, max=clip).reshape(w.shape)
+
+
+def from_codes(rows, how, dtype):
+    """A matrix, quantized along its rows, as the operand along its columns that its 4-bit values make, which
+    is quantized once more or, without how, left in dtype.
+
+    source  2601.22813 section 4, 2510.27527: the gradient at the weights and inputs that the forward had
+    """
+    return quantize_both(rows if torch.is_tensor(rows) else rows.dequantize(dtype), None, how).columns
+
+
 class FP4Function(torch.autograd.Function):
     """The layer for autograd: fprop in the forward, dgrad and wgrad in the backward. What is kept of x in
-    between is x.columns: 4.5 bits a value where wgrad is in FP4."""
+    between is x.columns, or x.rows where those are made of it: 4.5 bits a value where that GEMM is in FP4."""
 
     @staticmethod
     def forward(ctx, x, w, quantized_w, keys, signs, cfg, ends):
         """y (M, N) of x (M, K) and the master weight w (N, K), with Both of w; the rest as in FP4Linear."""
         needs_dw, experts, N = ctx.needs_input_grad[1], ends is not None, w.shape[-2]
-        for_wgrad = cfg.operand("wgrad.x", keys, signs) if needs_dw else None
-        quantized_x = quantize_both(x, cfg.operand("fprop.x", keys, signs, x.dtype, experts), for_wgrad)
+        result = None if cfg.reuse_codes and needs_dw else x.dtype              # None: packed, to be kept
+        for_fprop = cfg.operand("fprop.x", keys, signs, result, experts)
+        for_wgrad = cfg.operand("wgrad.x", keys, signs) if needs_dw and not cfg.reuse_codes else None
+        inside, outliers = (x, None) if cfg.occ is None else split_outliers(x, cfg.occ)
+        quantized_x = quantize_both(inside, for_fprop, for_wgrad)
+        kept = quantized_x.rows if cfg.reuse_codes else quantized_x.columns
         ctx.cfg, ctx.w_dtype, ctx.padding = cfg, w.dtype, quantized_w.rows.shape[-2] - N
-        save(ctx, keys, signs, ends, quantized_w.columns, *([quantized_x.columns] if needs_dw else []))
+        save(ctx, keys, signs, ends, quantized_w.columns, kept if needs_dw else None,
+             w if needs_dw and cfg.dge_k else None)
         y = fprop(quantized_x, quantized_w, x.dtype, ends)
-        return y[:, :N].contiguous() if ctx.padding else y
+        y = y[:, :N].contiguous() if ctx.padding else y
+        if outliers is not None and cfg.occ_compensate:
+            y = y + matmul(outliers, w, x.dtype, ends)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
         """dy (M, N) -> dx (M, K), dw (N, K)"""
-        keys, signs, ends, w_columns, *x_columns = saved(ctx)
+        keys, signs, ends, w_columns, x_kept, w = saved(ctx)
         cfg, experts, (needs_dx, needs_dw, *_) = ctx.cfg, ends is not None, ctx.needs_input_grad
         for_dgrad = cfg.operand("dgrad.dy", keys, signs, dy.dtype, experts) if needs_dx else None
         for_wgrad = cfg.operand("wgrad.dy", keys, signs, ctx.w_dtype, experts) if needs_dw else None
         quantized_dy = quantize_both(fill_up(dy, ctx.padding), for_dgrad, for_wgrad)
         dx = dgrad(quantized_dy, Both(None, w_columns), dy.dtype, ends) if needs_dx else None
-        dw = wgrad(quantized_dy, Both(None, *x_columns), ctx.w_dtype, ends) if needs_dw else None
-        if needs_dw and ctx.padding:
+        if not needs_dw:
+            return dx, None, None, None, None, None, None
+        if cfg.reuse_codes:
+            for_x = cfg.operand("wgrad.x", keys, signs, ctx.w_dtype, experts)
+            x_kept = from_codes(x_kept, for_x, dy.dtype)
+        dw = wgrad(quantized_dy, Both(None, x_kept), ctx.w_dtype, ends)
+        if cfg.dge_k:
+            how = cfg.operand("fprop.w", keys)
+            dw = dw * dge_slope(fill_up(w, 0, ctx.padding), how, cfg.dge_k, cfg.dge_clip)
+        if ctx.padding:
             dw = dw[..., :-ctx.padding, :]
         return dx, dw, None, None, None, None, None
 
@@ -824,9 +932,12 @@ class FP4Linear(torch.nn.Linear):
     def quantize_weight(self):
         """The weight as Both, as the recipe wants fprop.w and dgrad.w; N filled up to whole blocks."""
         experts, padding = self.weight.dim() == 3, -self.out_features % self.cfg.whole_channels
-        both = quantize_both(fill_up(self.weight.detach(), 0, padding).flatten(0, -2), *(
-            self.cfg.operand(name, self.keys, self.signs, torch.bfloat16, experts)
-            for name in ("fprop.w", "dgrad.w")))
+        w = fill_up(self.weight.detach(), 0, padding).flatten(0, -2)
+        for_fprop, for_dgrad = (self.cfg.operand(name, self.keys, self.signs, torch.bfloat16, experts)
+                                for name in ("fprop.w", "dgrad.w"))
+        both = quantize_both(w, for_fprop, None if self.cfg.reuse_codes else for_dgrad)
+        if self.cfg.reuse_codes:
+            both = both._replace(columns=from_codes(both.rows, for_dgrad, w.dtype))
         return by_expert(both, len(self.weight)) if experts else both
 
     def forward(self, x, ends=None):
@@ -847,12 +958,14 @@ class FP4Linear(torch.nn.Linear):
 
 def by_expert(w, E):
     """Both of E experts' weights, (E N, K) and (K, E N), as grouped() takes them: (E, N, K) and (E, K, N)."""
-    def shaped(operand, view):
+    def shaped(operand, view, view_scales):
         if torch.is_tensor(operand):
             return view(operand)
-        return operand._replace(values=view(operand.values))
-    return Both(shaped(w.rows, lambda t: t.unflatten(0, (E, -1))),
-                shaped(w.columns, lambda t: t.unflatten(1, (E, -1)).transpose(0, 1)))
+        s_dec = view_scales(operand.s_dec) if operand.s_dec.dim() else operand.s_dec
+        return operand._replace(values=view(operand.values), s_dec=s_dec)
+    return Both(shaped(w.rows, lambda t: t.unflatten(0, (E, -1)), lambda t: t.unflatten(0, (E, -1))),
+                shaped(w.columns, lambda t: t.unflatten(1, (E, -1)).transpose(0, 1),
+                       lambda t: t.expand(E, *t.shape)))
 
 
 def check_layer(layer, cfg):
@@ -976,9 +1089,11 @@ def error_table():
     """{(format, case): mean square error} of quantizing unit Gaussians, 2048 x 4096."""
     x, table = torch.randn(2048, 4096, generator=torch.Generator().manual_seed(0)), {}
     for name, form in FORMATS.items():
-        row, square = ("%dx%d" % form.shape_of(square) for square in (False, True))
-        cases = {f"nearest, {row}": {}, f"nearest, {square}": {"square": True},
-                 f"stochastic, {row}": {"stochastic": True}}
+        row = "a row" if form.by_row else "%dx%d" % form.shape_of(False)
+        cases = {f"nearest, {row}": {}}
+        if form.squares:
+            cases["nearest, %dx%d" % form.shape_of(True)] = {"square": True}
+        cases[f"stochastic, {row}"] = {"stochastic": True}
         if form.unbiased not in (None, E2M1_MAX):
             cases[f"stochastic, {row}, unbiased"] = {"stochastic": True, "unbiased": True}
         for case, choices in cases.items():
@@ -1035,6 +1150,8 @@ def gemm_dtype(device, out_dtype):
 def grouped_gemm(a, b, alpha, dtype, ends):
     """gemm() of a and b^T, or for each expert, as grouped() says. On GPUs torch has one GEMM for y and dx in
     bf16, which are rounded once more there, when alpha is applied; all else is a loop and waits for ends."""
+    if torch.is_tensor(alpha) and alpha.dim():      # scales of rows
+        return scale_result(grouped_gemm(a, b, 1.0, torch.float32, ends), alpha, dtype)
     if ends is not None and b.dim() == 3 and a.is_cuda and dtype == torch.bfloat16:
         return scale_result(F.grouped_mm(a, b.mT, offs=ends), alpha, dtype)
     return grouped(lambda a, b: gemm(a, b.t(), alpha, dtype), a, b, ends)
@@ -1951,7 +2068,8 @@ def _(x, *arguments):
                 results.append(x.new_empty(swizzled_size(M, n_blocks), dtype=form.scale_dtype))
             else:
                 results.append(empty(M // height, n_blocks, form.scale_dtype, lies_turned))
-        results.append(x.new_empty((), dtype=torch.float32))
+        by_row = form.by_row and how["amax"] is None
+        results.append(x.new_empty((M, 1) if by_row else (), dtype=torch.float32))
     return results
 
 
@@ -2059,7 +2177,7 @@ def matmul_here(a, b, dtype, ends=None):
     if way is not None:
         return way.matmul(*a, *b, dtype)
     known = [q.s_dec_known if isinstance(q, Decoded) else None for q in (a, b)]
-    alpha = a.s_dec * b.s_dec if None in known else known[0] * known[1]
+    alpha = scale_of_product(a.s_dec, b.s_dec, ends) if None in known else known[0] * known[1]
     exact = gemm_dtype(a.s_dec.device, dtype)
     return grouped_gemm(a.decode(exact), b.decode(exact), alpha, dtype, ends)
 

@@ -229,6 +229,14 @@ def dge_value(a, k=5.0):
     return left + width / 2 * (1 + np.sign(u) * np.abs(u) ** (1 / k))
 
 
+def occ_clamp(x, quantile):
+    """Each row clamped to two of its own elements, those at the ranks of 1 - quantile and of quantile."""
+    x, K = np.asarray(x), x.shape[1]
+    rank = int(np.rint(quantile * (K - 1)))
+    ordered = np.sort(x, axis=1)
+    return np.minimum(np.maximum(x, ordered[:, K - 1 - rank, None]), ordered[:, rank, None])
+
+
 def hadamard_matrix(n=GROUP):
     """Natural-order n x n Hadamard matrix of +-1, not normalised."""
     return np.array([[(-1.0) ** (i & j).bit_count() for j in range(n)] for i in range(n)])

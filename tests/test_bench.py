@@ -137,7 +137,7 @@ def test_functions_are_timed_in_turn():
 # ---------------------------------------------------------------- what a layer keeps
 
 K, N, TOKENS = 128, 64, 256                          # of x (TOKENS, K) and the weight (N, K)
-S_DEC = 4                                           # bytes of the tensor scale, one for all of x
+S_DEC = 4                                           # bytes of the tensor scale, one for all of x or each row
 BF16_BYTES = 2
 
 
@@ -147,11 +147,12 @@ def kept(layer):
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if RECIPES[name].gemms])
 def test_what_a_layer_keeps_for_its_backward(recipe):
-    """Codes and scales of its input, and one s_dec; in nvfp4 more than 3.5 times less than bf16."""
-    bits = FORMATS[RECIPES[recipe].format].bits
-    found = kept(bench.make_linear(recipe, K, N, CPU))
-    assert found == bits / 8 + S_DEC / (TOKENS * K)
-    assert kept(bench.make_linear("bf16", K, N, CPU)) == BF16_BYTES > 3.5 * found
+    """Codes and scales of its input, and one s_dec or one for each row; in nvfp4 more than 3.5 times less
+    than bf16."""
+    form = FORMATS[RECIPES[recipe].format]
+    bits, found = form.bits, kept(bench.make_linear(recipe, K, N, CPU))
+    assert found == bits / 8 + S_DEC * (TOKENS if form.by_row else 1) / (TOKENS * K)
+    assert kept(bench.make_linear("bf16", K, N, CPU)) == BF16_BYTES > (3 if form.by_row else 3.5) * found
     if RECIPES[recipe].format == "nvfp4":
         assert bits == 4 + 8 / 16
 

@@ -614,8 +614,9 @@ def test_activation_checkpointing_changes_no_bit(recipe):
 
 
 @pytest.mark.parametrize("recipe", (
-    "nvfp4", "ngpt", FP4Config(gemms=("fprop",)), FP4Config(gemms=("wgrad",)),
-    FP4Config(hadamard=GEMMS, signs="fresh")), ids=("nvfp4", "ngpt", "fprop", "wgrad", "fresh signs"))
+    "nvfp4", "ngpt", "fp4_dge_occ", FP4Config(gemms=("fprop",)), FP4Config(gemms=("wgrad",)),
+    FP4Config(hadamard=GEMMS, signs="fresh")),
+    ids=("nvfp4", "ngpt", "fp4_dge_occ", "fprop", "wgrad", "fresh signs"))
 def test_compiled_model_is_one_graph_and_sees_new_weights(recipe):
     """convert()'s hook, before the model, looks at the weights outside of the graph; the rest is one graph.
     The backend aot_eager fuses nothing, so all bits are those of the eager model."""
