@@ -152,6 +152,8 @@ class Format:
     unbiased: float | None                          # a target below 6, see target(); None: none would do
     kernels: bool = False                           # has kernels in part 2; its definition runs otherwise
     by_row: bool = False                            # each row has a tensor scale: s_enc and s_dec are (M, 1)
+    lands: float = E2M1_MAX                         # the target; above 6 the largest magnitudes are cut off
+    correct: Callable | None = None                 # what scales become once codes are known: eden_scales()
 
     @property
     def bits(self):
@@ -161,7 +163,7 @@ class Format:
     @property
     def squares(self):
         """Whether its blocks may be square."""
-        return not self.by_row
+        return not self.by_row and self.correct is None
 
     def shape_of(self, square):
         """(rows, columns) of a block."""
@@ -174,7 +176,7 @@ class Format:
         where it is cut off; stochastic rounding is then too small on average. unbiased aims lower."""
         if unbiased and self.unbiased is None:
             raise ValueError(f"unbiased=True: {self.name} saturates at any target; leave it out")
-        return self.unbiased if unbiased else E2M1_MAX
+        return self.unbiased if unbiased else self.lands
 
 
 def encode_scale(scale, s_dec):
@@ -262,6 +264,29 @@ def power_of_two(exponent, amax_b):
     return torch.where(amax_b < math.inf, scale, math.nan)
 
 
+def eden_scales(a, value, scale, random):
+    """MS-EDEN: codes are rounded to nearest, and what that takes from a block's length the scale gives back,
+    rounded stochastically. Over rotations drawn at random the average is then x, with the small error of
+    rounding to nearest.
+
+    a, value, scale     (M, K/block, block) twice, and (M, K/block, 1): |x| in units of the scale, and rounded
+    random              bytes for each element, of which two a block are used, or None: to nearest
+    returns             scale * S in E4M3, as fp32, with S = <a, a> / <a, value>. Added up in float64, so that
+                        the order decides nothing
+    source  2601.22813, with a correction for each block as in its algorithm 1 (its code has one for each run)
+    """
+    a, value = a.double(), value.double()
+    S = a.square().sum(-1, keepdim=True) / (a * value).sum(-1, keepdim=True)
+    wanted = torch.where(scale > 0, scale * S, scale).float()                   # NaN stays too
+    if random is None:
+        return torch.clamp(wanted, max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+    _, exponent = torch.frexp(wanted.clamp(min=2.0**-6))
+    step = torch.ldexp(torch.ones_like(wanted), exponent - 4)                   # E4M3's: 8 to 15 of it
+    random = random[..., :1].float() * 256 + random[..., 1:2]
+    steps = torch.floor((torch.floor(wanted / step * 65536) + random) * (1 / 65536))
+    return torch.clamp(steps * step, max=E4M3_MAX)
+
+
 UNBIASED = E2M1_MAX * 16 / 17                       # rounding a scale to E4M3 can enlarge x / scale by 17/16
 
 FORMATS = {f.name: f for f in (
@@ -271,6 +296,9 @@ FORMATS = {f.name: f for f in (
     Format("nvfp4_46", 16, torch.float8_e4m3fn, four_six_scales, top=256.0, unbiased=UNBIASED),
     Format("nvfp4_46_mae", 16, torch.float8_e4m3fn, four_six_mae_scales, top=256.0, unbiased=UNBIASED),
     Format("nvfp4_46_max", 16, torch.float8_e4m3fn, four_six_max_scales, top=256.0, unbiased=UNBIASED),
+    # 2601.22813: the target with the least error for rounding to nearest with a corrected scale
+    Format("ms_eden", 16, torch.float8_e4m3fn, e4m3_scales, top=256.0, unbiased=UNBIASED / 0.93,
+           lands=UNBIASED / 0.93, correct=eden_scales),
     Format("mxfp4", 32, torch.float8_e8m0fnu, e8m0_scales, top=None, unbiased=E2M1_MAX),
     Format("mxfp4_floor", 32, torch.float8_e8m0fnu, e8m0_floor_scales, top=None, unbiased=None),
     # 2501.17116: an fp32 scale for each token and each output channel. Its codes are kept in blocks too.
@@ -301,18 +329,22 @@ def find_scales(blocks, amax, scales, top, target):
     return scales(blocks, s_enc, target), s_dec
 
 
-def round_blocks(blocks, scale, s_dec, random, decode):
+def round_blocks(blocks, scale, s_dec, random, decode, correct):
     """Divide blocks (M, K/block, block) by their scales (M, K/block, 1) and round to the grid.
 
-    returns codes uint8, 0..15; or, for a dtype in decode, code * scale in it
+    returns codes uint8, 0..15, or, for a dtype in decode, code * scale in it; and the scales, which a format
+            may correct. Then these are what is random
     """
-    x = blocks.float()
-    value, code = e2m1(x.abs() * encode_scale(scale, s_dec), unpack_bytes(random))
+    x, random = blocks.float(), unpack_bytes(random)
+    a = x.abs() * encode_scale(scale, s_dec)
+    value, code = e2m1(a, random if correct is None else None)
+    if correct is not None:
+        scale = correct(a, value, scale, random)
     negative = x.view(torch.int32) < 0                                          # the sign bit, of -0.0 too
     if decode is None:
-        return torch.where(negative, code + 8, code).to(torch.uint8)
+        return torch.where(negative, code + 8, code).to(torch.uint8), scale
     value = value * scale
-    return torch.where(negative, -value, value).to(decode)
+    return torch.where(negative, -value, value).to(decode), scale
 
 
 # ---------------------------------------------------------------- randomness: Philox4x32-10
@@ -483,7 +515,8 @@ def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=Non
         x = hadamard(x, signs)
     blocks, scale, s_dec = blocks_and_scales(x, form, square, amax, unbiased)
     random = random_bytes(as_key(seed, x.device), x).reshape(*blocks.shape[:2], -1) if stochastic else None
-    rounded = round_blocks(blocks, scale, s_dec, random, decode).reshape(x.shape)
+    rounded, scale = round_blocks(blocks, scale, s_dec, random, decode, form.correct)
+    rounded = rounded.reshape(x.shape)
     if decode is not None:
         return Decoded(rounded, s_dec)
     return Quantized(pack(rounded), scale[::height, :, 0].to(form.scale_dtype), s_dec)
@@ -732,6 +765,11 @@ RECIPES = {
     # stay in BF16, and so do the GEMMs of the backward, which multiply them with the 4-bit values.
     "fp4_dge_occ": FP4Config(format="e2m1_vector", gemms=("fprop",), stochastic=(), square_weights=False,
                              reuse_codes=True, dge_k=5.0, occ=0.99),
+    # 2601.22813: four over six in the forward; in the backward MS-EDEN for all four operands, with a rotation
+    # drawn anew, of x and w as the forward's codes have them. So no square weights and no layers in BF16.
+    "quartet2": FP4Config(format="nvfp4_46", backward_format="ms_eden", square_weights=False,
+                          reuse_codes=True, stochastic=("dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x"),
+                          hadamard=("dgrad", "wgrad"), hadamard_size=128, signs="fresh"),
     # 2605.09825 section 4: nothing is random. All is rounded to nearest, wgrad's operands are rotated without
     # signs, and no block is kept in BF16.
     "mxfp4_h16": FP4Config(format="mxfp4", stochastic=(), hadamard=("wgrad",), signs="none"),
@@ -746,10 +784,11 @@ def recipe_changes(cfg):
 def describe_operand(cfg, name):
     """What a recipe gives one of OPERANDS, in words; None: high precision."""
     how = cfg.operand(name, torch.zeros(len(OPERANDS), 2, dtype=torch.int64))
+    of_codes = ["of fprop's codes"] * (cfg.reuse_codes and name in ("dgrad.w", "wgrad.x"))
     if how is None:
-        return None
+        return ", ".join(["high precision", *of_codes]) if of_codes else None
     form = FORMATS[how["format"]]
-    words = [form.name] * (form.name != cfg.format)
+    words = of_codes + [form.name] * (form.name != cfg.format)
     words += ["stochastic" if how["stochastic"] else "nearest",
               "a row" if form.by_row else "%dx%d" % form.shape_of(how["square"])]
     words += ["unbiased"] * how["unbiased"]

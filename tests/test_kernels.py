@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -599,9 +600,11 @@ def gradients(model, x, call):
 
 
 RANDOM = FP4Config(stochastic=OPERANDS, hadamard=GEMMS, signs="fresh")
+QUARTET2 = replace(RECIPES["quartet2"], hadamard_size=32)
 
 
-@pytest.mark.parametrize("recipe", ("nvfp4", "ngpt", RANDOM), ids=("nvfp4", "ngpt", "all random"))
+@pytest.mark.parametrize("recipe", ("nvfp4", "ngpt", "nvfp4_46", QUARTET2, RANDOM),
+                         ids=("nvfp4", "ngpt", "nvfp4_46", "quartet2", "all random"))
 def test_activation_checkpointing_changes_no_bit(recipe):
     """The forward, computed again in the backward, draws the same random bits and quantizes the same."""
     want = gradients(*(pair := small_model(recipe)), pair[0])
@@ -614,9 +617,9 @@ def test_activation_checkpointing_changes_no_bit(recipe):
 
 
 @pytest.mark.parametrize("recipe", (
-    "nvfp4", "ngpt", "fp4_dge_occ", FP4Config(gemms=("fprop",)), FP4Config(gemms=("wgrad",)),
+    "nvfp4", "ngpt", "fp4_dge_occ", QUARTET2, FP4Config(gemms=("fprop",)), FP4Config(gemms=("wgrad",)),
     FP4Config(hadamard=GEMMS, signs="fresh")),
-    ids=("nvfp4", "ngpt", "fp4_dge_occ", "fprop", "wgrad", "fresh signs"))
+    ids=("nvfp4", "ngpt", "fp4_dge_occ", "quartet2", "fprop", "wgrad", "fresh signs"))
 def test_compiled_model_is_one_graph_and_sees_new_weights(recipe):
     """convert()'s hook, before the model, looks at the weights outside of the graph; the rest is one graph.
     The backend aot_eager fuses nothing, so all bits are those of the eager model."""
@@ -733,7 +736,7 @@ def test_a_run_on_a_gpu_is_the_definition_s(recipe, dtype, chips, pattern, datas
 # ---------------------------------------------------------------- on a GPU
 
 @needs_gpu
-@pytest.mark.parametrize("name", ("ngpt", "nvfp4"))
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "bf16"])
 def test_layer_on_a_gpu_is_the_layer_on_a_cpu(name):
     """The operands are the same bits; y, dx and dw differ by the order of summation and bf16's rounding."""
     results = []
