@@ -770,6 +770,9 @@ RECIPES = {
     "quartet2": FP4Config(format="nvfp4_46", backward_format="ms_eden", square_weights=False,
                           reuse_codes=True, stochastic=("dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x"),
                           hadamard=("dgrad", "wgrad"), hadamard_size=128, signs="fresh"),
+    # 2505.19115: no rotation; beside gradients the activation of wgrad is rounded stochastically. (The paper
+    # ends with a short phase whose backward is in BF16; see FP4Config.until.)
+    "fp4_all_the_way": FP4Config(square_weights=False, stochastic=("dgrad.dy", "wgrad.dy", "wgrad.x")),
     # 2605.09825 section 4: nothing is random. All is rounded to nearest, wgrad's operands are rotated without
     # signs, and no block is kept in BF16.
     "mxfp4_h16": FP4Config(format="mxfp4", stochastic=(), hadamard=("wgrad",), signs="none"),
