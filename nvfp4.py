@@ -84,7 +84,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -661,13 +661,15 @@ class FP4Config:
     input_amax: float | None = None                 # fixed tensor scale of activations; None: measured
     weight_amax: float | None = None                # the same for weights
     grad_amax: float | None = None                  # the same for output gradients
+    until: float | None = None                      # part of training after which GEMMs leave FP4; None: none
+    switched: tuple[str, ...] = GEMMS               # the GEMMs that do
     head_blocks: int = 0                            # first blocks of the model kept in high precision
     tail: float = 0.0                               # last fraction of its blocks kept in high precision
     skip: tuple[str, ...] = ("head", "*router*")    # names of linear layers kept in high precision, as globs
 
     def __post_init__(self):
         for name, allowed in (("gemms", GEMMS), ("stochastic", OPERANDS), ("hadamard", GEMMS),
-                              ("format", FORMATS), ("backward_format", (None, *FORMATS)),
+                              ("switched", GEMMS), ("format", FORMATS), ("backward_format", (None, *FORMATS)),
                               ("hadamard_size", (16, 32, 128)), ("signs", ("fixed", "none", "fresh"))):
             value = getattr(self, name)
             for word in value if isinstance(value, tuple) else (value,):
@@ -677,6 +679,8 @@ class FP4Config:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"fp4_{name}={value} must be a positive number, or None to measure it")
+        if self.until is not None and not 0 <= self.until < 1:
+            raise ValueError(f"fp4_until={self.until} must be in [0, 1), or None for never")
         if not 0 <= self.tail <= 1:
             raise ValueError(f"fp4_tail={self.tail} must be in [0, 1]")
         if self.head_blocks < 0:
@@ -770,8 +774,8 @@ RECIPES = {
     "quartet2": FP4Config(format="nvfp4_46", backward_format="ms_eden", square_weights=False,
                           reuse_codes=True, stochastic=("dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x"),
                           hadamard=("dgrad", "wgrad"), hadamard_size=128, signs="fresh"),
-    # 2505.19115: no rotation; beside gradients the activation of wgrad is rounded stochastically. (The paper
-    # ends with a short phase whose backward is in BF16; see FP4Config.until.)
+    # 2505.19115: no rotation; beside gradients the activation of wgrad is rounded stochastically. The
+    # paper ends with a short phase whose backward is in BF16: until=..., switched=("dgrad", "wgrad").
     "fp4_all_the_way": FP4Config(square_weights=False, stochastic=("dgrad.dy", "wgrad.dy", "wgrad.x")),
     # 2605.09825 section 4: nothing is random. All is rounded to nearest, wgrad's operands are rotated without
     # signs, and no block is kept in BF16.
@@ -1038,6 +1042,21 @@ def set_step(model, seed, step, micro_batch=0):
             there = keys[here].to(device, non_blocking=True)
             torch._foreach_copy_([layers[i].keys for i in here], list(there))
         refresh_weights(model)
+
+
+def switch_late(model, done):
+    """Late switch: where done, the part of training that is over, has reached a layer's cfg.until, its
+    cfg.switched GEMMs run in high precision from now on. Returns whether that is news to a layer.
+
+    source  2509.25149 section 5: all of them, or fprop alone, shortly before the learning rate decays;
+            2505.19115: dgrad and wgrad, for a short phase at the end
+    """
+    news = False
+    for m in fp4_layers(model):
+        left = tuple(gemm_name for gemm_name in m.cfg.gemms if gemm_name not in m.cfg.switched)
+        if m.cfg.until is not None and done >= m.cfg.until and left != m.cfg.gemms:
+            m.cfg, news = replace(m.cfg, gemms=left), True
+    return news
 
 
 class high_precision:
@@ -2300,7 +2319,7 @@ def copy_into(old, new):
 def refresh(layer):
     """Quantize a layer's weight if it has changed since the last time; in a CUDA graph's capture always."""
     w = layer.weight
-    version = (id(w), w._version, w.data_ptr(), count_optimizer_steps()[0], layer.drawn)
+    version = (id(w), w._version, w.data_ptr(), count_optimizer_steps()[0], layer.drawn, layer.cfg.gemms)
     if layer.version == version and not capturing(w.device):
         return
     if layer.keys.device != w.device or layer.signs.device != w.device:

@@ -484,6 +484,8 @@ def loop(run, stop):
     for step in range(run.first_step, run.last_step + 1):
         stopped = run.ranks.any(bool(stop)) and step < run.last_step
         last = stopped or step == run.last_step
+        if nvfp4.switch_late(run.model, step / c.max_steps):
+            run.log(f"step {step}: {','.join(c.fp4.switched)} in high precision from now on")
         if step % c.eval_interval == 0 or step == run.last_step:
             row = evaluate(run, step)
             report_evaluation(run, row)

@@ -597,6 +597,24 @@ def test_recipe_off_is_f_linear(autocast):
     assert same(run(layer, x, dy, autocast)[0], before + layer.bias.detach().to(before.dtype))
 
 
+@pytest.mark.parametrize("recipe", ("nvfp4", "quartet2", "fp4_dge_occ", "mxfp4"))
+@pytest.mark.parametrize("switched", (GEMMS, ("fprop",), ("dgrad", "wgrad")), ids=",".join)
+def test_late_switch(switched, recipe):
+    """Before its time nothing changes; after it bits are those of a layer without these GEMMs in FP4."""
+    cfg = replace(RECIPES[recipe], until=0.75, switched=switched, dge_k=None, occ=None)
+    left = replace(cfg, gemms=tuple(name for name in cfg.gemms if name not in switched))
+    layer, x, dy = make_layer(cfg, N=256, K=128), gaussian(64, 128), gaussian(64, 256, seed=1)
+    before, after = (run(make_layer(c, N=256, K=128), x, dy) for c in (cfg, left))
+
+    def equal(want):
+        return all(same(g, w) for g, w in zip(run(layer, x, dy), want, strict=True))
+    assert not nvfp4.switch_late(layer, 0.74) and equal(before)
+    news = left.gemms != cfg.gemms                  # fp4_dge_occ has no FP4 in the backward
+    assert nvfp4.switch_late(layer, 0.75) is news and equal(after) and equal(before) is not news
+    assert not nvfp4.switch_late(layer, 0.76) and equal(after)
+    assert not nvfp4.switch_late(make_layer(RECIPES[recipe], N=256, K=128), 1.0)
+
+
 @pytest.mark.parametrize("fused", (False, True))    # a fused optimizer leaves the version counter as it was
 @pytest.mark.parametrize("square, n_weights", ((True, 1), (False, 2)))
 def test_weights_are_quantized_once_per_update(square, n_weights, fused, monkeypatch):
@@ -777,7 +795,8 @@ def experts():
     ("hadamard_size=128", lambda: FP4Linear(experts(), FP4Config(hadamard=("wgrad",), hadamard_size=128))),
     *((f"fp4_{name}=", lambda name=name, value=value: FP4Config(**{name: value})) for name, value in (
         ("gemms", ("fprob",)), ("stochastic", ("x",)), ("hadamard", ("all",)), ("signs", "some"),
-        ("hadamard_size", 64), ("dge_k", 0.5), ("dge_clip", 0.0), ("occ", 0.4), ("occ", 1.5),
+        ("until", 1.0), ("until", -0.1), ("switched", ("all",)), ("hadamard_size", 64),
+        ("dge_k", 0.5), ("dge_clip", 0.0), ("occ", 0.4), ("occ", 1.5),
         ("format", "int4"), ("backward_format", "int4"), ("tail", 1.5), ("head_blocks", -1),
         ("input_amax", 0), ("weight_amax", -1), ("grad_amax", float("nan"))))))
 def test_mistakes_get_one_line(words, mistake):

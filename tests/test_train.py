@@ -41,6 +41,10 @@ RUNS = {                                            # kinds of runs that must go
                    "schedule": "cosine", "warmup_steps": 3, "eval_iters": 3},
     "hybrid": {"pattern": "ME*", "n_ffn": 48, "mamba_n_head": 16, "mamba_head_dim": 4, "mamba_n_group": 2,
                "mamba_n_state": 16, "mamba_chunk": 8, "moe_n_expert": 4, "gradient_accumulation_steps": 2},
+    "late switch": {"recipe": "quartet2", "fp4_hadamard_size": 32, "fp4_until": 0.6, "fp4_switched": "fprop",
+                    "gradient_accumulation_steps": 2},
+    "dge, occ, experts": {"recipe": "fp4_dge_occ", "pattern": "E*", "n_ffn": 48, "moe_n_expert": 4,
+                          "gradient_accumulation_steps": 2},
 }
 CAN_COMPILE = nvfp4.can_compile                     # that of the module, which eager() replaces
 EAGER = f"""
@@ -371,6 +375,22 @@ def test_bf16_run_has_no_fp4_loss(tiny, tmp_path):
     assert [set(row) for row in metrics(tmp_path, "val_loss")] == [{"step", "val_loss", "val_bpb"}] * 2
 
 
+@pytest.mark.parametrize("switched", ["fprop", "dgrad,wgrad", "fprop,dgrad,wgrad"])
+def test_late_switch(tiny, whole, tmp_path, capsys, switched):
+    """The steps before it are the other run's bit for bit, the one after it is not; from the first step on,
+    of all GEMMs, it is the bf16 run."""
+    def losses(folder):
+        return [(row["loss"], row["grad_norm"]) for row in metrics(folder, "loss")]
+    train.main(tiny(tmp_path / "late", fp4_until=0.6, fp4_switched=switched))
+    assert f"step 6: {switched} in high precision from now on" in capsys.readouterr().out
+    want, got = losses(whole("ngpt")), losses(tmp_path / "late")
+    assert got[:6] == want[:6] and got[6] != want[6]
+    if switched == "fprop,dgrad,wgrad":
+        train.main(tiny(tmp_path / "bf16", recipe="bf16"))
+        train.main(tiny(tmp_path / "at once", fp4_until=0))
+        assert losses(tmp_path / "at once") == losses(tmp_path / "bf16") != want
+
+
 @pytest.mark.parametrize("arch", ["ngpt", "gpt"])
 def test_one_batch_is_learnt_by_heart(tiny, tmp_path, monkeypatch, arch):
     def losses(name):
@@ -576,7 +596,7 @@ def torchrun(folder, argv):
     assert out.count("converted ") == 1             # only the first rank speaks
 
 
-@pytest.mark.parametrize("kind", ["all random", "hybrid"])
+@pytest.mark.parametrize("kind", ["all random", "hybrid", "late switch", "dge, occ, experts"])
 def test_two_ranks_equal_two_micro_batches(tiny, whole, tmp_path, kind):
     """One process computes a/2 + b/2, two ranks (a + b)/2: of the loss, of every gradient.
 
