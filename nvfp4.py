@@ -201,111 +201,6 @@ def e4m3_scales(blocks, s_enc, target):
     return torch.where(amax_b < math.inf, scale, math.nan).to(torch.float8_e4m3fn).float()
 
 
-def four_or_six(blocks, s_enc, target, error):
-    """Four over six: NVFP4's scale, or the one that brings the largest magnitude to 4 instead of 6, whichever
-    leaves the smaller error; 6 where both are alike. Near 6 the grid is coarse, with nothing between 4 and 6;
-    near 4 it is finer. The choice is made to nearest, also for an operand that is rounded stochastically.
-
-    error   function of value - |x|, float64: a number for each block. In float64 the order in which it adds
-            up decides nothing
-    source  2512.02010. On unit Gaussians in 1x16 blocks 45 % choose 4, in 16x16 blocks 3 %: nothing is gained
-    """
-    magnitude, s_dec = blocks.float().abs(), s_enc.reciprocal()
-
-    def left(scale):
-        value, _ = e2m1(magnitude * encode_scale(scale, s_dec))
-        return error(value.double() * scale * s_dec - magnitude)
-    six = e4m3_scales(blocks, s_enc, target)
-    four = e4m3_scales(blocks, s_enc, target * 4 / 6)
-    return torch.where(left(four) < left(six), four, six)
-
-
-def four_six_scales(blocks, s_enc, target):
-    """By the mean square error of a block, the paper's choice."""
-    return four_or_six(blocks, s_enc, target, lambda d: d.square().sum((1, 3), keepdim=True))
-
-
-def four_six_mae_scales(blocks, s_enc, target):
-    """By its mean absolute error."""
-    return four_or_six(blocks, s_enc, target, lambda d: d.abs().sum((1, 3), keepdim=True))
-
-
-def four_six_max_scales(blocks, s_enc, target):
-    """By its largest error."""
-    return four_or_six(blocks, s_enc, target, lambda d: d.abs().amax((1, 3), keepdim=True))
-
-
-def e8m0_scales(blocks, s_enc, target):
-    """MXFP4's, a power of two: the smallest that brings the block to target or below. Nothing saturates.
-
-    source  2509.25149 appendix B
-    """
-    amax_b = block_amax(blocks)
-    mantissa, exponent = torch.frexp(amax_b.clamp(min=2.0**-126))               # 0.5 <= mantissa < 1
-    return power_of_two(exponent - 3 + (mantissa > target / 8), amax_b)
-
-
-def e8m0_floor_scales(blocks, s_enc, target):
-    """The same by the OCP specification of 2023: 2^(floor(log2(amax_b)) - 2). The block's largest magnitude
-    lands in [4, 8), and saturates beyond 6."""
-    amax_b = block_amax(blocks)
-    _, exponent = torch.frexp(amax_b.clamp(min=2.0**-126))
-    return power_of_two(exponent - 3, amax_b)
-
-
-def no_scales(blocks, s_enc, target):
-    """1: the scale of a row is all."""
-    return torch.where(block_amax(blocks) < math.inf, 1.0, math.nan)
-
-
-def power_of_two(exponent, amax_b):
-    """E8M0's numbers: exponents from -127 to 127, and NaN."""
-    scale = torch.ldexp(torch.ones_like(amax_b), exponent.clamp(-127, 127))
-    return torch.where(amax_b < math.inf, scale, math.nan)
-
-
-def eden_scales(a, value, scale, random):
-    """MS-EDEN: codes are rounded to nearest, and what that takes from a block's length the scale gives back,
-    rounded stochastically. Over rotations drawn at random the average is then x, with the small error of
-    rounding to nearest.
-
-    a, value, scale     (M, K/block, block) twice, and (M, K/block, 1): |x| in units of the scale, and rounded
-    random              bytes for each element, of which two a block are used, or None: to nearest
-    returns             scale * S in E4M3, as fp32, with S = <a, a> / <a, value>. Added up in float64, so that
-                        the order decides nothing
-    source  2601.22813, with a correction for each block as in its algorithm 1 (its code has one for each run)
-    """
-    a, value = a.double(), value.double()
-    S = a.square().sum(-1, keepdim=True) / (a * value).sum(-1, keepdim=True)
-    wanted = torch.where(scale > 0, scale * S, scale).float()                   # NaN stays too
-    if random is None:
-        return torch.clamp(wanted, max=E4M3_MAX).to(torch.float8_e4m3fn).float()
-    _, exponent = torch.frexp(wanted.clamp(min=2.0**-6))
-    step = torch.ldexp(torch.ones_like(wanted), exponent - 4)                   # E4M3's: 8 to 15 of it
-    random = random[..., :1].float() * 256 + random[..., 1:2]
-    steps = torch.floor((torch.floor(wanted / step * 65536) + random) * (1 / 65536))
-    return torch.clamp(steps * step, max=E4M3_MAX)
-
-
-UNBIASED = E2M1_MAX * 16 / 17                       # rounding a scale to E4M3 can enlarge x / scale by 17/16
-
-FORMATS = {f.name: f for f in (
-    # 2509.25149; its unbiased target 2601.22813
-    Format("nvfp4", 16, torch.float8_e4m3fn, e4m3_scales, top=E4M3_MAX, unbiased=UNBIASED, kernels=True),
-    # 2512.02010: a block that chooses 4 has a scale of up to 3/2 times 256, which E4M3 holds
-    Format("nvfp4_46", 16, torch.float8_e4m3fn, four_six_scales, top=256.0, unbiased=UNBIASED),
-    Format("nvfp4_46_mae", 16, torch.float8_e4m3fn, four_six_mae_scales, top=256.0, unbiased=UNBIASED),
-    Format("nvfp4_46_max", 16, torch.float8_e4m3fn, four_six_max_scales, top=256.0, unbiased=UNBIASED),
-    # 2601.22813: the target with the least error for rounding to nearest with a corrected scale
-    Format("ms_eden", 16, torch.float8_e4m3fn, e4m3_scales, top=256.0, unbiased=UNBIASED / 0.93,
-           lands=UNBIASED / 0.93, correct=eden_scales),
-    Format("mxfp4", 32, torch.float8_e8m0fnu, e8m0_scales, top=None, unbiased=E2M1_MAX),
-    Format("mxfp4_floor", 32, torch.float8_e8m0fnu, e8m0_floor_scales, top=None, unbiased=None),
-    # 2501.17116: an fp32 scale for each token and each output channel. Its codes are kept in blocks too.
-    Format("e2m1_vector", 16, torch.float8_e8m0fnu, no_scales, top=1.0, unbiased=E2M1_MAX, by_row=True),
-)}
-
-
 def tensor_scales(amax, top, target=E2M1_MAX):
     """The tensor's encode and decode scale, fp32: its largest block is to have scale top and largest code
     target. Those of rows, where amax is (M, 1).
@@ -345,6 +240,113 @@ def round_blocks(blocks, scale, s_dec, random, decode, correct):
         return torch.where(negative, code + 8, code).to(torch.uint8), scale
     value = value * scale
     return torch.where(negative, -value, value).to(decode), scale
+
+
+# ---------------------------------------------------------------- other formats, as other papers have them
+
+def e8m0_scales(blocks, s_enc, target):
+    """MXFP4's, a power of two: the smallest that brings the block to target or below. Nothing saturates.
+
+    source  2509.25149 appendix B
+    """
+    amax_b = block_amax(blocks)
+    mantissa, exponent = torch.frexp(amax_b.clamp(min=2.0**-126))               # 0.5 <= mantissa < 1
+    return power_of_two(exponent - 3 + (mantissa > target / 8), amax_b)
+
+
+def e8m0_floor_scales(blocks, s_enc, target):
+    """The same by the OCP specification of 2023: 2^(floor(log2(amax_b)) - 2). The block's largest magnitude
+    lands in [4, 8), and saturates beyond 6."""
+    amax_b = block_amax(blocks)
+    _, exponent = torch.frexp(amax_b.clamp(min=2.0**-126))
+    return power_of_two(exponent - 3, amax_b)
+
+
+def power_of_two(exponent, amax_b):
+    """E8M0's numbers: exponents from -127 to 127, and NaN."""
+    scale = torch.ldexp(torch.ones_like(amax_b), exponent.clamp(-127, 127))
+    return torch.where(amax_b < math.inf, scale, math.nan)
+
+
+def four_or_six(blocks, s_enc, target, error):
+    """Four over six: NVFP4's scale, or the one that brings the largest magnitude to 4 instead of 6, whichever
+    leaves the smaller error; 6 where both are alike. Near 6 the grid is coarse, with nothing between 4 and 6;
+    near 4 it is finer. The choice is made to nearest, also for an operand that is rounded stochastically.
+
+    error   function of value - |x|, float64: a number for each block. In float64 the order in which it adds
+            up decides nothing
+    source  2512.02010. On unit Gaussians in 1x16 blocks 45 % choose 4, in 16x16 blocks 3 %: nothing is gained
+    """
+    magnitude, s_dec = blocks.float().abs(), s_enc.reciprocal()
+
+    def left(scale):
+        value, _ = e2m1(magnitude * encode_scale(scale, s_dec))
+        return error(value.double() * scale * s_dec - magnitude)
+    six = e4m3_scales(blocks, s_enc, target)
+    four = e4m3_scales(blocks, s_enc, target * 4 / 6)
+    return torch.where(left(four) < left(six), four, six)
+
+
+def four_six_scales(blocks, s_enc, target):
+    """By the mean square error of a block, the paper's choice."""
+    return four_or_six(blocks, s_enc, target, lambda d: d.square().sum((1, 3), keepdim=True))
+
+
+def four_six_mae_scales(blocks, s_enc, target):
+    """By its mean absolute error."""
+    return four_or_six(blocks, s_enc, target, lambda d: d.abs().sum((1, 3), keepdim=True))
+
+
+def four_six_max_scales(blocks, s_enc, target):
+    """By its largest error."""
+    return four_or_six(blocks, s_enc, target, lambda d: d.abs().amax((1, 3), keepdim=True))
+
+
+def eden_scales(a, value, scale, random):
+    """MS-EDEN: codes are rounded to nearest, and what that takes from a block's length the scale gives back,
+    rounded stochastically. Over rotations drawn at random the average is then x, with the small error of
+    rounding to nearest.
+
+    a, value, scale     (M, K/block, block) twice, and (M, K/block, 1): |x| in units of the scale, and rounded
+    random              bytes for each element, of which two a block are used, or None: to nearest
+    returns             scale * S in E4M3, as fp32, with S = <a, a> / <a, value>. Added up in float64, so that
+                        the order decides nothing
+    source  2601.22813, with a correction for each block as in its algorithm 1 (its code has one for each run)
+    """
+    a, value = a.double(), value.double()
+    S = a.square().sum(-1, keepdim=True) / (a * value).sum(-1, keepdim=True)
+    wanted = torch.where(scale > 0, scale * S, scale).float()                   # NaN stays too
+    if random is None:
+        return torch.clamp(wanted, max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+    _, exponent = torch.frexp(wanted.clamp(min=2.0**-6))
+    step = torch.ldexp(torch.ones_like(wanted), exponent - 4)                   # E4M3's: 8 to 15 of it
+    random = random[..., :1].float() * 256 + random[..., 1:2]
+    steps = torch.floor((torch.floor(wanted / step * 65536) + random) * (1 / 65536))
+    return torch.clamp(steps * step, max=E4M3_MAX)
+
+
+def no_scales(blocks, s_enc, target):
+    """1: the scale of a row is all."""
+    return torch.where(block_amax(blocks) < math.inf, 1.0, math.nan)
+
+
+UNBIASED = E2M1_MAX * 16 / 17                       # rounding a scale to E4M3 can enlarge x / scale by 17/16
+
+FORMATS = {f.name: f for f in (
+    # 2509.25149; its unbiased target 2601.22813
+    Format("nvfp4", 16, torch.float8_e4m3fn, e4m3_scales, top=E4M3_MAX, unbiased=UNBIASED, kernels=True),
+    # 2512.02010: a block that chooses 4 has a scale of up to 3/2 times 256, which E4M3 holds
+    Format("nvfp4_46", 16, torch.float8_e4m3fn, four_six_scales, top=256.0, unbiased=UNBIASED),
+    Format("nvfp4_46_mae", 16, torch.float8_e4m3fn, four_six_mae_scales, top=256.0, unbiased=UNBIASED),
+    Format("nvfp4_46_max", 16, torch.float8_e4m3fn, four_six_max_scales, top=256.0, unbiased=UNBIASED),
+    # 2601.22813: the target with the least error for rounding to nearest with a corrected scale
+    Format("ms_eden", 16, torch.float8_e4m3fn, e4m3_scales, top=256.0, unbiased=UNBIASED / 0.93,
+           lands=UNBIASED / 0.93, correct=eden_scales),
+    Format("mxfp4", 32, torch.float8_e8m0fnu, e8m0_scales, top=None, unbiased=E2M1_MAX),
+    Format("mxfp4_floor", 32, torch.float8_e8m0fnu, e8m0_floor_scales, top=None, unbiased=None),
+    # 2501.17116: an fp32 scale for each token and each output channel. Its codes are kept in blocks too.
+    Format("e2m1_vector", 16, torch.float8_e8m0fnu, no_scales, top=1.0, unbiased=E2M1_MAX, by_row=True),
+)}
 
 
 # ---------------------------------------------------------------- randomness: Philox4x32-10
@@ -695,6 +697,16 @@ class FP4Config:
             FORMATS[format].target(self.unbiased)
 
     @property
+    def clamps(self):
+        """Whether OCC is on, which goes with a quantized activation."""
+        return self.occ is not None and "fprop" in self.gemms
+
+    @property
+    def estimates(self):
+        """Whether DGE is on, which goes with a quantized weight."""
+        return self.dge_k is not None and "fprop" in self.gemms
+
+    @property
     def formats(self):
         """The names of all formats in use."""
         return self.format, self.backward_format or self.format
@@ -848,6 +860,8 @@ def fill_up(x, columns, rows=0):
 EXPERT_TOKENS = 32                                  # an expert's tokens begin at a multiple of it
 
 
+# ---------------------------------------------------------------- what other papers add to the GEMMs
+
 def split_outliers(x, quantile):
     """OCC, outlier clamping and compensation: x (M, K) in two, clamped to two quantiles of each token, and
     the rest, which is zero but for 2 (1 - quantile) of it. The first is quantized; fprop's y gets the product
@@ -889,6 +903,8 @@ def from_codes(rows, how, dtype):
     return quantize_both(rows if torch.is_tensor(rows) else rows.dequantize(dtype), None, how).columns
 
 
+# ---------------------------------------------------------------- forward and backward
+
 class FP4Function(torch.autograd.Function):
     """The layer for autograd: fprop in the forward, dgrad and wgrad in the backward. What is kept of x in
     between is x.columns, or x.rows where those are made of it: 4.5 bits a value where that GEMM is in FP4."""
@@ -900,15 +916,15 @@ class FP4Function(torch.autograd.Function):
         result = None if cfg.reuse_codes and needs_dw else x.dtype              # None: packed, to be kept
         for_fprop = cfg.operand("fprop.x", keys, signs, result, experts)
         for_wgrad = cfg.operand("wgrad.x", keys, signs) if needs_dw and not cfg.reuse_codes else None
-        inside, outliers = (x, None) if cfg.occ is None else split_outliers(x, cfg.occ)
+        inside, outliers = split_outliers(x, cfg.occ) if cfg.clamps else (x, None)
         quantized_x = quantize_both(inside, for_fprop, for_wgrad)
         kept = quantized_x.rows if cfg.reuse_codes else quantized_x.columns
         ctx.cfg, ctx.w_dtype, ctx.padding = cfg, w.dtype, quantized_w.rows.shape[-2] - N
         save(ctx, keys, signs, ends, quantized_w.columns, kept if needs_dw else None,
-             w if needs_dw and cfg.dge_k else None)
+             w if needs_dw and cfg.estimates else None)
         y = fprop(quantized_x, quantized_w, x.dtype, ends)
         y = y[:, :N].contiguous() if ctx.padding else y
-        if outliers is not None and cfg.occ_compensate:
+        if cfg.clamps and cfg.occ_compensate:
             y = y + matmul(outliers, w, x.dtype, ends)
         return y
 
@@ -927,7 +943,7 @@ class FP4Function(torch.autograd.Function):
             for_x = cfg.operand("wgrad.x", keys, signs, ctx.w_dtype, experts)
             x_kept = from_codes(x_kept, for_x, dy.dtype)
         dw = wgrad(quantized_dy, Both(None, x_kept), ctx.w_dtype, ends)
-        if cfg.dge_k:
+        if cfg.estimates:
             how = cfg.operand("fprop.w", keys)
             dw = dw * dge_slope(fill_up(w, 0, ctx.padding), how, cfg.dge_k, cfg.dge_clip)
         if ctx.padding:

@@ -489,23 +489,24 @@ def by_definition(layer, x, dy, autocast=False):
                         unbiased=stochastic and cfg.unbiased)
 
     outliers, master = torch.zeros_like(x), w
-    if cfg.occ is not None:
+    quantizes = "fprop" in cfg.gemms
+    if cfg.occ is not None and quantizes:
         clamped = torch.tensor(oracle.occ_clamp(x.float().numpy(), cfg.occ)).to(dtype)
         x, outliers = clamped, x - clamped
     y = F.linear(x, w.to(dtype))
-    if "fprop" in cfg.gemms:
+    if quantizes:
         codes_x, codes_w = operand("fprop.x", x), operand("fprop.w", w)
         y = matmul(codes_x, codes_w, dtype)
         if cfg.reuse_codes:
             x, w = codes_x.dequantize(dtype), codes_w.dequantize()
-    if cfg.occ is not None and cfg.occ_compensate:
+    if cfg.occ is not None and cfg.occ_compensate and quantizes:
         y = y + F.linear(outliers, master.to(dtype))
     dx, dw = dy @ w.to(dtype), (dy.t() @ x).float()
     if "dgrad" in cfg.gemms:
         dx = matmul(operand("dgrad.dy", dy), operand("dgrad.w", w.t()), dtype)
     if "wgrad" in cfg.gemms:
         dw = matmul(operand("wgrad.dy", dy.t()), operand("wgrad.x", x.t()), FP32)
-    if cfg.dge_k:
+    if cfg.dge_k and quantizes:
         dw = dw * dge_slope(master, cfg.operand("fprop.w", layer.keys), cfg.dge_k, cfg.dge_clip)
     return y[:M], dx[:M].float(), dw
 
@@ -583,8 +584,7 @@ def test_recipe_off_is_f_linear(autocast):
     def equal(layer):
         return [same(g, w) for g, w in zip(run(layer, x, dy, autocast), want, strict=True)]
     for recipe in RECIPES.values():
-        off = replace(recipe, gemms=(), dge_k=None, occ=None)
-        assert equal(make_layer(off)) == [True] * 3, recipe
+        assert equal(make_layer(replace(recipe, gemms=()))) == [True] * 3, recipe
     assert equal(layer) == [False] * 3
     with pytest.raises(KeyError), nvfp4.high_precision(layer):
         assert equal(layer) == [True] * 3
@@ -601,7 +601,7 @@ def test_recipe_off_is_f_linear(autocast):
 @pytest.mark.parametrize("switched", (GEMMS, ("fprop",), ("dgrad", "wgrad")), ids=",".join)
 def test_late_switch(switched, recipe):
     """Before its time nothing changes; after it bits are those of a layer without these GEMMs in FP4."""
-    cfg = replace(RECIPES[recipe], until=0.75, switched=switched, dge_k=None, occ=None)
+    cfg = replace(RECIPES[recipe], until=0.75, switched=switched)
     left = replace(cfg, gemms=tuple(name for name in cfg.gemms if name not in switched))
     layer, x, dy = make_layer(cfg, N=256, K=128), gaussian(64, 128), gaussian(64, 256, seed=1)
     before, after = (run(make_layer(c, N=256, K=128), x, dy) for c in (cfg, left))
@@ -759,9 +759,10 @@ def test_convert(change, converted, kept):
 @pytest.mark.parametrize("cfg", [RECIPES["ngpt"], RECIPES["nvfp4"], RECIPES["mxfp4"],
                                  FP4Config(gemms=("fprop",)), FP4Config(gemms=("dgrad",)),
                                  FP4Config(hadamard=("dgrad",), hadamard_size=32), RECIPES["fp4_dge_occ"],
-                                 FP4Config(reuse_codes=True, dge_k=5.0)],
+                                 FP4Config(reuse_codes=True, dge_k=5.0),
+                                 replace(RECIPES["quartet2"], hadamard_size=32)],
                          ids=["ngpt", "nvfp4", "mxfp4", "fprop", "dgrad", "rotated by 32", "fp4_dge_occ",
-                              "codes again, dge"])
+                              "codes again, dge", "quartet2"])
 def test_any_number_of_output_channels(cfg):
     """50 of them: y, dx and dw of a layer with rows of zeros up to the next block, to the bit."""
     layer, wide = (FP4Linear(torch.nn.Linear(64, N, bias=False), cfg, 5) for N in (50, 64))

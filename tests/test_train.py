@@ -29,7 +29,7 @@ sys.path.insert(0, str(REPO))
 import nvfp4  # noqa: E402
 import train  # noqa: E402
 from data.tokens import read_tokens, write_tokens  # noqa: E402
-from model import build, load_model  # noqa: E402
+from model import MoE, build, load_model  # noqa: E402
 from nvfp4 import OPERANDS  # noqa: E402
 from train import load_config, make_config, unflatten  # noqa: E402
 
@@ -389,6 +389,10 @@ def test_late_switch(tiny, whole, tmp_path, capsys, switched):
         train.main(tiny(tmp_path / "bf16", recipe="bf16"))
         train.main(tiny(tmp_path / "at once", fp4_until=0))
         assert losses(tmp_path / "at once") == losses(tmp_path / "bf16") != want
+
+
+def test_experts_keep_the_distance_that_layers_count_on():
+    assert MoE.multiple == nvfp4.EXPERT_TOKENS
 
 
 @pytest.mark.parametrize("arch", ["ngpt", "gpt"])
