@@ -1171,7 +1171,7 @@ def error_table():
         if form.squares:
             cases["nearest, %dx%d" % form.shape_of(True)] = {"square": True}
         cases[f"stochastic, {row}"] = {"stochastic": True}
-        if form.unbiased not in (None, E2M1_MAX):
+        if form.unbiased not in (None, form.lands):
             cases[f"stochastic, {row}, unbiased"] = {"stochastic": True, "unbiased": True}
         for case, choices in cases.items():
             table[name, case] = float((quantize(x, name, **choices).dequantize() - x).square().mean())
