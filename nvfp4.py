@@ -684,7 +684,7 @@ class FP4Linear(torch.nn.Linear):
     fp4 = True                                      # False: high precision for now, see high_precision()
     quantized = None                                # the weight as Both
     drawn = None                                    # (seed, step) that the keys belong to; None: to no step
-    version = None                                  # of the weight behind quantized (part 3)
+    version = None                                  # the weight behind quantized, and its version (part 3)
     hooked = False                                  # a hook before the model looks after it (part 3)
 
     def __init__(self, linear, cfg, index=0):
@@ -771,7 +771,7 @@ def convert(model, cfg, report=print):
     number = {name: int(re.search(r"\d+", name).group()) for name in linears if re.search(r"\d+", name)}
     n_blocks = max(number.values(), default=-1) + 1
     tail_from = n_blocks - round(cfg.tail * n_blocks)
-    kept, n_converted = {}, 0
+    kept, converted = {}, {}
     for index, (name, linear) in enumerate(linears.items()):
         block = number.get(name)
         if any(fnmatch.fnmatch(name, glob) for glob in cfg.skip):
@@ -781,11 +781,13 @@ def convert(model, cfg, report=print):
         elif block is not None and block >= tail_from:
             kept.setdefault("tail", []).append(name)
         else:
+            converted[linear] = FP4Linear(linear, cfg, index)
+    for name, module in list(model.named_modules(remove_duplicate=False)):     # one layer under two names too
+        if module in converted:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, FP4Linear(linear, cfg, index))
-            n_converted += 1
+            setattr(model.get_submodule(parent), child, converted[module])
     hook_weights(model)                             # quantized before the forward of the model (part 3)
-    line = f"converted {n_converted}/{len(linears)} linears to {cfg.format} ({','.join(cfg.gemms)})"
+    line = f"converted {len(converted)}/{len(linears)} linears to {cfg.format} ({','.join(cfg.gemms)})"
     for why, names in kept.items():
         line += f"; {why}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} in high precision"
     report(line)
@@ -1972,12 +1974,12 @@ def copy_into(old, new):
 def refresh(layer):
     """Quantize a layer's weight if it has changed since the last time; in a CUDA graph's capture always."""
     w = layer.weight
-    version = (id(w), w._version, w.data_ptr(), count_optimizer_steps()[0], layer.drawn)
-    if layer.version == version and not capturing(w.device):
+    version = (w._version, w.data_ptr(), count_optimizer_steps()[0], layer.drawn)
+    if layer.version and layer.version[0] is w and layer.version[1] == version and not capturing(w.device):
         return
     if layer.keys.device != w.device or layer.signs.device != w.device:
         refuse_capture(w.device, "a layer that has just moved to the GPU", "call set_step before")
-    layer.version, layer.keys, layer.signs = version, layer.keys.to(w.device), layer.signs.to(w.device)
+    layer.version, layer.keys, layer.signs = (w, version), layer.keys.to(w.device), layer.signs.to(w.device)
     layer.quantized = copy_into(layer.quantized, layer.quantize_weight())
 
 

@@ -546,7 +546,7 @@ def test_learning_rates(tiny, tmp_path, monkeypatch, capsys):
 
     def diverge(c, stop=()):
         if "lr_1e-2_gpt_bf16" in c.out_dir:
-            raise train.UserError("step 1: loss nan, gradient norm nan: stopped; and so on")
+            raise train.Diverged("step 1: loss nan, gradient norm nan")
         return real(c, stop)
     monkeypatch.setattr(train, "train", diverge)
     run(*argv)

@@ -161,7 +161,8 @@ def test_no_flipped_byte_of_the_header_goes_unnoticed_or_crashes(tmp_path):
 def test_killed_while_writing_leaves_the_old_file(tmp_path, atomic):
     path = tmp_path / "train.bin"
     write_sample(path)
-    direct = "tokens._replace = lambda path, *parts: (open(path, 'wb').write(parts[0]), os.fsync(0))"
+    direct = ("tokens.write_whole = lambda writers: "
+              "[(write(open(path, 'wb')), os.fsync(0)) for path, write in writers.items()]")
     code = (f"import os, signal, sys; sys.path.insert(0, {str(REPO)!r}); from data import tokens\n"
             f"{'' if atomic else direct}\n"
             "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -460,14 +461,32 @@ def test_same_text_gives_the_same_files(tmp_path):
     assert files["a"] == files["b"] and files["a"]["train.bin"] != files["c"]["train.bin"]
 
 
-def test_interrupted_preparation_is_noticed(tmp_path, monkeypatch):
-    prepare([ENGLISH], [ENGLISH[:5000]], tmp_path, "a test", vocab_size=300)
-    read_tokens(tmp_path / "train.bin")  # control
-    monkeypatch.setattr(tokens, "write_tokens", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        prepare([ENGLISH], [ENGLISH[:5000]], tmp_path, "a test", vocab_size=310)
+def test_interrupted_preparation_leaves_the_old_dataset(tmp_path):
+    """A kill, or text that cannot be written, before the last of the three files is there: none is replaced.
+    Between two renames it is noticed: the ids name their tokenizer."""
+    def prepare_again(vocab_size, source="a test"):
+        prepare([ENGLISH], [ENGLISH[:5000]], tmp_path, source, vocab_size=vocab_size)
+    prepare_again(300)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DataError, match="does not fit 1024 bytes"):
+        prepare_again(310, "s" * 2000)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    code = (f"import os, signal, sys; sys.path.insert(0, {str(REPO)!r}); from data import tokens\n"
+            "real, count = os.OPERATION, []\n"
+            "def die(*args):\n"
+            "    count.append(0)\n"
+            "    return real(*args) if len(count) < 3 else os.kill(os.getpid(), signal.SIGKILL)\n"
+            "os.OPERATION = die\n"
+            f"tokens.prepare([sys.argv[1]], [sys.argv[1][:5000]], {str(tmp_path)!r}, 'a test', 'bpe', 310)")
+    for operation in ("fsync", "replace"):
+        command = [sys.executable, "-c", code.replace("OPERATION", operation), ENGLISH]
+        killed = subprocess.run(command, timeout=60)
+        assert killed.returncode == -signal.SIGKILL
+        if operation == "fsync":
+            assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    read_tokens(tmp_path / "train.bin")             # this one was replaced
     with pytest.raises(DataError, match="ids are of bpe300-.* but the tokenizer.json beside it is bpe310-"):
-        read_tokens(tmp_path / "train.bin")
+        read_tokens(tmp_path / "val.bin")
 
 
 # ---------------------------------------------------------------- data/text/prepare.py
