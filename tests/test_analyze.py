@@ -588,7 +588,7 @@ WRONG = {
     ("no_such_run",): "no_such_run/config.json",
     ("RUN", "--token=3"): "--token=3: no such option",
     ("RUN", "-tokens=3"): "-tokens=3: no such option",
-    ("RUN", "--tokens=1"): "--tokens must be 2 or more",
+    ("RUN", "--tokens=1"): "--tokens must be in [2, 10^9]",
     ("losses",): "losses takes run folders",
     ("quant", "out/gpt"): "quant takes no run folder",
     ("lr", "--rates=fast"): "learning_rate='fast' must be a number",

@@ -161,9 +161,9 @@ def test_no_flipped_byte_of_the_header_goes_unnoticed_or_crashes(tmp_path):
 def test_killed_while_writing_leaves_the_old_file(tmp_path, atomic):
     path = tmp_path / "train.bin"
     write_sample(path)
-    direct = ("tokens.write_whole = lambda writers: "
-              "[(write(open(path, 'wb')), os.fsync(0)) for path, write in writers.items()]")
-    code = (f"import os, signal, sys; sys.path.insert(0, {str(REPO)!r}); from data import tokens\n"
+    direct = ("tokens.write_whole = lambda writers: [(write(b := io.BytesIO()), "
+              "open(path, 'wb', 0).write(b.getvalue()[:1024]), os.fsync(0)) for path, write in writers.items()]")
+    code = (f"import io, os, signal, sys; sys.path.insert(0, {str(REPO)!r}); from data import tokens\n"
             f"{'' if atomic else direct}\n"
             "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
             f"tokens.write_tokens({str(path)!r}, [1] * 9000, 300, 'bpe300-test', 'new', 1)\n")

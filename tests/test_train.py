@@ -509,13 +509,27 @@ def test_kill_during_save_leaves_a_checkpoint_that_loads(tmp_path):
                 beside.unlink()
 
 
+def breaking(step, name="head.weight", value=math.nan):
+    """update(), but that in a step a number of a weight, or of a moment, becomes NaN."""
+    real, done = train.update, []
+
+    def update(model, optimizer, grad_clip):
+        norm = real(model, optimizer, grad_clip)
+        if len(done) == step:
+            weight = model.get_parameter("head.weight")
+            with torch.no_grad():
+                (weight if name == "head.weight" else optimizer.state[weight][name]).view(-1)[5] = value
+        done.append(step)
+        return norm
+    return update
+
+
 @pytest.mark.parametrize("arch", ["ngpt", "gpt"])
 def test_nan_stops_the_run_and_leaves_the_checkpoint(tiny, whole, tmp_path, monkeypatch, arch):
-    rate = train.learning_rate
-    with monkeypatch.context() as patch:            # the weights become NaN in step 7: FP4 must not hide it
-        patch.setattr(train, "learning_rate", lambda c, step: math.nan if step == 7 else rate(c, step))
+    with monkeypatch.context() as patch:            # the weights become NaN in step 6: FP4 must not hide it
+        patch.setattr(train, "update", breaking(6))
         line = refusal(tiny(tmp_path, **RUNS[arch], checkpoint_interval=3))
-    assert re.search(r"step 8: loss nan, .*stopped; lower learning_rate.* the checkpoint of step 6, whole", line)
+    assert re.search("step 7: loss nan, .*stopped; lower learning_rate.* the checkpoint of step 6, whole", line)
     assert saved_step(tmp_path) == 6
     train.main(tiny(tmp_path, **RUNS[arch], resume=True))
     assert changed(tmp_path, whole(arch)) == set()
