@@ -464,7 +464,8 @@ def sample_text(model, tokenizer, prompt="", n_tokens=200, seed=0, **kw):
 OWNERS = (("", ModelConfig),)
 
 
-PARTS = {"model": dict, "optimizer": dict, "step": int, "config": dict, "origin": str}  # of a checkpoint
+PARTS = {"model": dict, "optimizer": dict, "step": int, "config": dict, "origin": str,      # of a checkpoint
+         "rows": int | None}                        # None: earlier versions had none
 
 
 def load_checkpoint(path, device="cpu"):

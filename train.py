@@ -30,6 +30,7 @@ import re
 import sys
 import threading
 import time
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -189,13 +190,14 @@ class Diverged(UserError):
         super().__init__(f"{what}: stopped; lower learning_rate, or look at the data")
 
 
-def save_checkpoint(path, model, optimizer, step, c, origin):
+def save_checkpoint(path, model, optimizer, step, c, origin, rows=None):
     """Whole or not at all, as data/files.py writes; what is not finite takes no good one's place.
 
-    raises Diverged, UserError
+    rows    CRC-32 of those of metrics.jsonl that a resumed run keeps
+    raises  Diverged, UserError
     """
     saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-             "config": flatten(c), "origin": origin}
+             "config": flatten(c), "origin": origin, "rows": rows}
     for part in ("model", "optimizer"):
         wrong = misfit(saved[part], saved[part], part)
         if wrong:
@@ -217,6 +219,9 @@ def check_resumable(c, saved, origin):
     if saved["origin"] != origin:
         raise UserError(f"--resume: {c.dataset} is not the data of the run in {c.out_dir} any more "
                         f"({origin}, not {saved['origin']}); prepare that, or start another --out_dir")
+
+
+def check_unfinished(c, saved):
     if saved["step"] >= c.max_steps:
         raise Finished(f"the run in {c.out_dir} is complete, at step {saved['step']}; start another "
                        "--out_dir")
@@ -233,6 +238,9 @@ def check_fits(saved, sizes, optimizer, path):
                          for i, p in enumerate(learned)}
     wrong = (misfit(saved["model"], dict(sizes.state_dict()), "model")
              or misfit(saved["optimizer"], like, "optimizer", free=("lr",)))
+    counts = set() if wrong else {int(state["step"]) for state in saved["optimizer"]["state"].values()}
+    if counts - {min(saved["step"], 2**24)}:        # where fp32 stops to count
+        wrong = f"step {saved['step']} is not that of its optimizer, {max(counts)}"
     if wrong:
         raise UserError(f"{path}: {wrong}, so that no run can start from it; start another --out_dir")
 
@@ -457,6 +465,7 @@ def set_up(c, after, stop):
     if saved:
         check_resumable(c, saved, data.origin)
         check_fits(saved, sizes, optimizer, path)
+        check_unfinished(c, saved)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
 
@@ -464,7 +473,7 @@ def set_up(c, after, stop):
     first_step = saved["step"] if saved else 0
     log = Log(path.parent, ranks.first, stop)
     after.callback(log.close)
-    ranks.once(log.open, c, first_step)
+    ranks.once(log.open, c, first_step, saved and saved.get("rows"))
     run = Run(c, ranks, device, dtype, data, model, optimizer, log, first_step, c.stop_at or c.max_steps,
               saved=saved and saved["step"])
     introduce(run, converted[0])
@@ -566,8 +575,9 @@ def loop(run, stop):
 
 
 def save(run, step):
-    run.log.sync()
-    save_checkpoint(Path(run.c.out_dir, "ckpt.pt"), run.model, run.optimizer, step, run.c, run.data.origin)
+    run.log.files[1].sync()                         # no checkpoint without the rows before it
+    save_checkpoint(Path(run.c.out_dir, "ckpt.pt"), run.model, run.optimizer, step, run.c, run.data.origin,
+                    run.log.crc_before)
     run.saved = step
 
 
@@ -584,8 +594,10 @@ def last_words(run):
     try:
         yield
     except UserError as error:
-        left = "no checkpoint" if run.saved is None else f"the checkpoint of step {run.saved}, whole"
-        error.args = f"{error}; there is {left} in {run.c.out_dir}",
+        left = "there is no checkpoint"
+        if run.saved is not None:
+            left = f"the checkpoint of step {run.saved} is whole"
+        error.args = f"{error}; {left} in {run.c.out_dir}",
         raise
 
 
@@ -640,10 +652,11 @@ class Log:
 
     def __init__(self, folder, first, stop):
         self.folder, self.first, self.stop, self.files = folder, first, stop, []
+        self.crc = self.crc_before = 0              # CRC-32 of all rows, and of those before this step
 
-    def open(self, c, first_step):
-        """Take the folder, and leave of its metrics what came before the checkpoint: the rest is about to be
-        done again."""
+    def open(self, c, first_step, crc=None):
+        """Take the folder, and leave of its metrics what came before the checkpoint, whose CRC-32 it knows:
+        the rest is about to be done again."""
         with naming(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.files = [Lines(self.folder / "log.txt", alone=True)]
@@ -651,8 +664,12 @@ class Log:
         sweep(self.folder)
         path = self.folder / "metrics.jsonl"
         rows = read_metrics(self.folder) if path.exists() else []
-        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] < first_step)
-        write_whole({path: lambda file: file.write(kept.encode())})
+        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] < first_step).encode()
+        self.crc = self.crc_before = zlib.crc32(kept)
+        if path.exists() and crc not in (None, self.crc):
+            raise UserError(f"{path}: damaged, not what the checkpoint of step {first_step} saw; restore it, "
+                            "or remove it and go on without it")
+        write_whole({path: lambda file: file.write(kept)})
         write_json(self.folder / "config.json", flatten(c))
         self.files.append(Lines(path))
 
@@ -667,10 +684,11 @@ class Log:
 
     def metrics(self, row):
         if self.first:
-            self.files[1].add(json.dumps(row, allow_nan=False))
-
-    def sync(self):
-        self.files[1].sync()
+            line = json.dumps(row, allow_nan=False)
+            self.files[1].add(line)
+            self.crc = zlib.crc32(f"{line}\n".encode(), self.crc)
+            if "loss" in row:                       # the last of its step; an evaluation is made anew
+                self.crc_before = self.crc
 
     def close(self):
         for file in self.files:

@@ -144,7 +144,7 @@ def convert(name, value, hint):
             return None
         raise UserError(f"{name}=None must be {what}")
     if read is None:
-        return check_choice(name, value, typing.get_args(kind))
+        return check_choice(name, value if isinstance(value, str) else shown(value), typing.get_args(kind))
     try:
         found = read(value)
     except WRONG:

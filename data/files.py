@@ -175,7 +175,7 @@ def command(name):
                     stream.reconfigure(errors="backslashreplace")
             try:
                 result = work(*arguments)
-                sys.stdout.flush()
+                print(end="", flush=True)
                 return result
             except BrokenPipeError:                 # ... | head
                 mute(sys.stdout)

@@ -108,6 +108,10 @@ DAMAGE = {
     "field missing": (lambda path: with_header(path, n_bytes=None), "header is damaged"),
     "field of wrong type": (lambda path: with_header(path, n_tokens="4"), "header is damaged"),
     "field unknown": (lambda path: with_header(path, extra=1), "header is damaged"),
+    "no bytes": (lambda path: with_header(path, n_bytes=0), "header is damaged"),
+    "bytes without end": (lambda path: with_header(path, n_bytes=10**400), "header is damaged"),
+    "vocabulary without end": (lambda path: with_header(path, vocab_size=10**12), "header is damaged"),
+    "nested without end": (lambda path: splice(path, 12, b"[" * 1012), "header is damaged"),
     "dtype unknown": (lambda path: with_header(path, dtype="float16"), "dtype 'float16' is unknown"),
     "no tokens": (lambda path: (with_header(path, n_tokens=0), os.truncate(path, 1024)), "but 0 tokens"),
     "negative count": (lambda path: with_header(path, n_tokens=-1), "but -1 tokens"),
@@ -161,8 +165,8 @@ def test_no_flipped_byte_of_the_header_goes_unnoticed_or_crashes(tmp_path):
 def test_killed_while_writing_leaves_the_old_file(tmp_path, atomic):
     path = tmp_path / "train.bin"
     write_sample(path)
-    direct = ("tokens.write_whole = lambda writers: [(write(b := io.BytesIO()), "
-              "open(path, 'wb', 0).write(b.getvalue()[:1024]), os.fsync(0)) for path, write in writers.items()]")
+    direct = ("tokens.write_whole = lambda writers: [(write(b := io.BytesIO()), os.fsync(open(path, 'wb', 0)"
+              ".write(b.getvalue()[:1024]))) for path, write in writers.items()]")
     code = (f"import io, os, signal, sys; sys.path.insert(0, {str(REPO)!r}); from data import tokens\n"
             f"{'' if atomic else direct}\n"
             "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -317,6 +321,7 @@ def test_saved_tokenizer_comes_back(tmp_path):
     (lambda saved: "[]", "damaged"),
     (lambda saved: '{"tokens": []}', "damaged"),
     (lambda saved: '{"name": 5}', "damaged"),
+    (lambda saved: "[" * 10**5, "damaged"),
     (lambda saved: saved.replace('"IA=="', '"IQ=="'), "damaged"),  # the space becomes a second "!"
     (lambda saved: saved.replace('"IA==", ', ""), "damaged"),
     (lambda saved: saved.replace("pattern", "other"), "damaged"),
@@ -559,6 +564,32 @@ def test_text_mistakes_are_one_line_and_overwrite_nothing(tmp_path, folder, monk
     assert "\n" not in str(caught.value) and not Path("new").exists()
     text.main(["texts", "--out", "new", "--tokenizer", "bytes"])  # control: the folder without the mistake
     assert len(read_tokens("new/val.bin")[0]) > 2000
+
+
+def test_strange_folders_are_one_line_and_strange_names_are_text(tmp_path, folder):
+    (tmp_path / "loop").symlink_to("loop")
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    here = os.open(deep, os.O_RDONLY)
+    for _ in range(1500):                           # a path that long has to be made from within
+        os.mkdir("a", dir_fd=here)
+        here, above = os.open("a", os.O_RDONLY, dir_fd=here), here
+        os.close(above)
+    os.close(here)
+    for arguments, says in ((["loop"], "error: loop: no such file or folder"),
+                            (["texts", "--glob", "/etc/*"], "error: --glob=/etc/* must be a pattern below "),
+                            (["texts", "--glob", ""], "error: --glob= must be a pattern below "),
+                            (["A" * 300], "error: " + "A" * 300 + ": File name too long"),
+                            (["deep"], f"error: {deep}: ")):
+        done = run_script("text/prepare.py", *arguments, "--out=out", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith(says)
+        assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    strange = os.fsdecode(b"caf\xe9")
+    folder.rename(tmp_path / strange)
+    done = run_script("text/prepare.py", strange, "--out", strange + "2", "--tokenizer=bytes", cwd=tmp_path)
+    assert done.returncode == 0 and "caf\\udce92/train.bin" in done.stdout, done.stderr
+    assert read_tokens(tmp_path / (strange + "2") / "train.bin")[1].source.startswith("caf?, 40 files")
+    subprocess.run(["rm", "-rf", deep], check=True)             # pytest's own would recurse
 
 
 def test_mistake_through_a_real_process(tmp_path, folder):

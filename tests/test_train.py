@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -27,10 +28,14 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 import nvfp4  # noqa: E402
+import stress  # noqa: E402
 import train  # noqa: E402
+from configs.config import UserError  # noqa: E402
+from data.files import Lines  # noqa: E402
 from data.tokens import read_tokens, write_tokens  # noqa: E402
-from model import build, load_model  # noqa: E402
+from model import PARTS, build, load_model  # noqa: E402
 from nvfp4 import OPERANDS  # noqa: E402
+from stress import Process  # noqa: E402
 from train import load_config, make_config, unflatten  # noqa: E402
 
 RUNS = {                                            # kinds of runs that must go on bit for bit
@@ -117,6 +122,10 @@ def metrics(folder, having="step"):
     return [row for row in rows if having in row]
 
 
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def saved_step(folder):
     return train.load_checkpoint(folder / "ckpt.pt")["step"]
 
@@ -137,7 +146,7 @@ def changed(a, b):
         saved, rows = train.load_checkpoint(folder / "ckpt.pt"), metrics(folder)
         named = {f"{row['step']}{'' if 'loss' in row else ' val'}": row | {"ms": 0} for row in rows}
         assert len(named) == len(rows), "a step stands twice in metrics.jsonl"
-        found.append(dict(leaves(saved | {"config": None, "metrics": named})))
+        found.append(dict(leaves(saved | {"config": None, "rows": None, "metrics": named})))
     return {name for name in found[0] | found[1] if found[0].get(name) != found[1].get(name)}
 
 
@@ -529,10 +538,57 @@ def test_nan_stops_the_run_and_leaves_the_checkpoint(tiny, whole, tmp_path, monk
     with monkeypatch.context() as patch:            # the weights become NaN in step 6: FP4 must not hide it
         patch.setattr(train, "update", breaking(6))
         line = refusal(tiny(tmp_path, **RUNS[arch], checkpoint_interval=3))
-    assert re.search("step 7: loss nan, .*stopped; lower learning_rate.* the checkpoint of step 6, whole", line)
+    assert re.search("step 7: loss nan, .*stopped; lower learn.*; the checkpoint of step 6 is whole", line)
     assert saved_step(tmp_path) == 6
     train.main(tiny(tmp_path, **RUNS[arch], resume=True))
     assert changed(tmp_path, whole(arch)) == set()
+
+
+@pytest.mark.parametrize("name, value", [("head.weight", math.nan), ("exp_avg", math.inf),
+                                         ("exp_avg_sq", math.nan)])
+def test_what_is_not_finite_is_never_saved(tiny, whole, tmp_path, monkeypatch, name, value):
+    """It appears in step 5, and 6 is to be saved: the next loss, which would show it, comes too late."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", breaking(5, name, value))
+        line = refusal(tiny(tmp_path, checkpoint_interval=3))
+    assert re.search(rf"step 6: \S*{name} is not finite: stopped; .* checkpoint of step 3 is whole", line)
+    assert set(files_of(tmp_path)) == {"ckpt.pt", "config.json", "log.txt", "metrics.jsonl"}
+    train.main(tiny(tmp_path, resume=True))
+    assert changed(tmp_path, whole("ngpt")) == set()
+
+
+@pytest.mark.parametrize("flags", [{"checkpoint_interval": 1}, {"max_steps": 1}], ids=str)
+def test_senseless_learning_rate_is_an_error_and_leaves_json(tiny, tmp_path, flags):
+    line = refusal(tiny(tmp_path, arch="gpt", recipe="bf16", learning_rate=1e38, **flags))
+    assert re.search("step 1: .*stopped; lower learning_rate, .*; there is no checkpoint in", line)
+    assert not (tmp_path / "ckpt.pt").exists()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text.count("\n") >= 2 and "NaN" not in text and "Infinity" not in text
+
+
+def test_a_checkpoint_that_is_broken_already_is_refused(tiny, whole, tmp_path):
+    for name, value in (("model", math.nan), ("optimizer", math.inf)):
+        saved = train.load_checkpoint(shutil.copytree(whole("ngpt"), tmp_path / name) / "ckpt.pt")
+        tensors = saved["model"] if name == "model" else saved["optimizer"]["state"][0]
+        tensors["head.weight" if name == "model" else "exp_avg"][3, 3] = value
+        torch.save(saved, tmp_path / name / "ckpt.pt")
+        line = refusal(tiny(tmp_path / name, resume=True))
+        assert re.search(rf"ckpt.pt: {name}\.\S+ is not finite, so that no run can start from it", line)
+    with pytest.raises(UserError, match="model.head.weight is not finite"):
+        load_model(tmp_path / "model")
+
+
+def test_update_leaves_everything_as_it_is_where_the_gradient_is_not_finite():
+    c = make_config({"n_layer": 1, "n_embd": 32, "vocab_size": 64, "recipe": "bf16"})
+    model = build(c.model)
+    optimizer, before = train.make_optimizer(model, c), {n: p.clone() for n, p in model.named_parameters()}
+    for broken in (math.nan, math.inf, 1.0):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        model.head.weight.grad[1, 2] = broken
+        assert math.isfinite(train.update(model, optimizer, 1.0)) == (broken == 1)
+        same = all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+        assert same == (not optimizer.state) == (broken != 1)                   # 1: the control
 
 
 def test_infinite_gradient_stops_the_run(tiny, tmp_path, monkeypatch):
@@ -587,6 +643,309 @@ def test_run_folder_is_not_overwritten(tiny, whole, tmp_path, capsys):
         assert "ckpt.pt: not a checkpoint of this code" in refusal(tiny(tmp_path, resume=True))
 
 
+# ---------------------------------------------------------------- what befalls a run
+
+@pytest.fixture
+def half(tiny, tmp_path):
+    """A run that stopped at step 5, with a checkpoint."""
+    train.main(tiny(tmp_path / "half", stop_at=5))
+    return tmp_path / "half"
+
+
+def tried(work, before=lambda: None):
+    """(exit status, the line it said, or nothing) of a forked process; a traceback is an error."""
+    status, said = Process(work, before).end()
+    assert status != stress.BUG and (not said or stress.one_line(said)), said
+    return status, said
+
+
+def test_metrics_survive_what_befalls_a_resume(tiny, whole, half):
+    """They are written anew then: by a process that is killed meanwhile, or on a disk that is full."""
+    before, argv = (half / "metrics.jsonl").read_bytes(), tiny(half, resume=True)
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert tried(lambda: train.main(argv), lambda: setattr(os, "fsync", die))[0] == -signal.SIGKILL
+    assert (half / "metrics.jsonl").read_bytes() == before and list(half.glob("metrics.*.tmp.jsonl"))
+    limit = len(before) // 2
+    status, said = tried(lambda: train.main(argv),
+                         lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert (status, said) == (1, f"train.py: {half}/metrics.jsonl: File too large\n")
+    assert (half / "metrics.jsonl").read_bytes() == before
+    assert not list(half.glob("*.tmp*"))            # neither this process's, nor what was left of the other
+    train.main(argv)
+    assert changed(half, whole("ngpt")) == set()
+
+
+def test_single_flipped_bits_of_a_checkpoint_are_noticed(half):
+    """Each is refused, or lies where nothing is read."""
+    raw, dice, refused = (half / "ckpt.pt").read_bytes(), random.Random(0), 0
+    sound, passed = dict(leaves(train.load_checkpoint(half / "ckpt.pt"))), 0
+    for _ in range(60):
+        at = dice.randrange(len(raw))
+        (half / "ckpt.pt").write_bytes(raw[:at] + bytes([raw[at] ^ 1 << dice.randrange(8)]) + raw[at + 1:])
+        try:
+            assert dict(leaves(train.load_checkpoint(half / "ckpt.pt"))) == sound
+        except UserError as error:
+            assert str(half / "ckpt.pt") in str(error) and "\n" not in str(error)
+            refused += 1
+        try:
+            passed += dict(leaves(torch.load(half / "ckpt.pt"))) != sound
+        except Exception:
+            pass
+    assert refused > 50 and passed > 20             # control: torch alone lets many through
+
+
+DISK = """
+set -e
+mkdir disk
+mount -t tmpfs -o size=$1 tmpfs disk
+[ -z "$2" ] || cp -r "$2" disk/run
+[ -z "$3" ] || mount -o remount,ro disk
+"$PYTHON" driver.py || echo "status $?"
+ls disk/run 2>&1
+[ -z "$2" ] || cmp "$2/ckpt.pt" disk/run/ckpt.pt
+"""
+
+
+@pytest.mark.parametrize("size, read_only, says", [
+    ("700k", "", "No space left on device; the checkpoint of step 5 is whole in disk/run"),
+    ("9m", "yes", "disk/run/log.txt: Read-only file system")])
+def test_a_full_and_a_read_only_disk(tiny, half, tmp_path, size, read_only, says):
+    """Real ones: file systems in memory, which a user may mount in a name space of his own."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-Urm", "true"]).returncode:
+        pytest.skip("no mount without root here")
+    sizes = sum(path.stat().st_size for path in half.iterdir())
+    assert 350_000 < sizes < 700_000                # room for one checkpoint, not for two
+    argv = list(map(str, tiny("disk/run", resume=True)))
+    (tmp_path / "driver.py").write_text(EAGER + f"train.main({argv!r})")
+    done = subprocess.run(["unshare", "-Urm", "sh", "-c", DISK, "sh", size, half, read_only], text=True,
+                          cwd=tmp_path, capture_output=True, timeout=60,
+                          env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and stress.one_line(done.stderr) and says in done.stderr, done
+    *_, status, a, b, c, d = done.stdout.splitlines()
+    assert (status, a, b, c, d) == ("status 1", "ckpt.pt", "config.json", "log.txt", "metrics.jsonl")
+
+
+@pytest.mark.parametrize("out_dir, says", [
+    ("FILE", "FILE: File exists"), ("FILE/run", "FILE/run: Not a directory"),
+    ("/dev/null", "/dev/null: File exists"), ("x" * 300, "File name too long"), ("/proc/run", "/proc/run: No such file or directory"),
+    ("a/" * 2500, "text of 4096 letters")])
+def test_an_out_dir_that_cannot_be_is_one_line(tiny, tmp_path, monkeypatch, out_dir, says):
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("mine")
+    assert says in refusal(tiny(out_dir)) and Path("FILE").read_text() == "mine"
+
+
+def test_data_that_cannot_be_read_is_one_line(tiny, dataset, tmp_path):
+    """A file that exists and opens, and whose first byte is an error of the disk, for root as well."""
+    data = shutil.copytree(dataset, tmp_path / "data")
+    (data / "train.bin").unlink()
+    (data / "train.bin").symlink_to("/proc/self/mem")
+    assert refusal(tiny(tmp_path / "run", dataset=data)).endswith("data/train.bin: Input/output error")
+    assert "File name too long" in refusal(tiny(tmp_path / "run", dataset="A" * 300))
+
+
+def weights(**changes):
+    return lambda saved: saved["model"].update({name.replace("_", "."): t for name, t in changes.items()})
+
+
+def state(number, **changes):
+    return lambda saved: saved["optimizer"]["state"][number].update(changes)
+
+
+def less(*keys):
+    def damage(saved):
+        *way, last = keys
+        for key in way:
+            saved = saved[key]
+        saved.pop(last)
+    return damage
+
+
+CONTENTS = {                                        # of a checkpoint whose every bit is in order
+    "nothing": (lambda saved: saved.clear(), "its model is missing"),
+    **{f"no {key}": (less(key), f"its {key} is missing") for key in PARTS if key != "rows"},
+    "step -5": (lambda saved: saved.update(step=-5), "step -5"),
+    "step 2.5": (lambda saved: saved.update(step=2.5), "its step is missing"),
+    "another step": (lambda saved: saved.update(step=4), "step 4 is not that of its optimizer, 5"),
+    "a weight less": (less("model", "head.weight"), "model.head.weight is missing"),
+    "a weight more": (weights(x=torch.ones(2)), "model.x is missing, or should not be there"),
+    "another shape": (weights(head_weight=torch.ones(2)), "model.head.weight must be (256, 32)"),
+    "no tensor": (weights(head_weight=5), "model.head.weight must be (256, 32)"),
+    "a moment's shape": (state(1, exp_avg=torch.ones(7)), "optimizer.state.1.exp_avg must be (96, 32)"),
+    "no state": (lambda saved: saved["optimizer"]["state"].clear(), "optimizer.state.0 is missing"),
+    "no moment": (less("optimizer", "state", 2, "exp_avg"), "optimizer.state.2.exp_avg is missing"),
+    "other groups": (less("optimizer", "param_groups", 1), "optimizer.param_groups must be"),
+    "other betas": (lambda saved: saved["optimizer"]["param_groups"][0].update(betas=(0.5, 0.5)),
+                    "optimizer.param_groups.0.betas.0 must be 0.9"),
+    "config": (lambda saved: saved["config"].update(n_embd="many"), "n_embd=32 but the run"),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_checkpoint_of_other_contents_is_one_line(tiny, half, name):
+    damage, says = CONTENTS[name]
+    saved = train.load_checkpoint(half / "ckpt.pt")
+    damage(saved)
+    torch.save(saved, half / "ckpt.pt")
+    before = files_of(half)
+    line = refusal(tiny(half, resume=True))
+    assert says in line and str(half) in line and files_of(half) == before
+    torch.save([], half / "ckpt.pt")
+    assert "its model is missing" in refusal(tiny(half, resume=True))
+
+
+ROWS = {                                            # damage of metrics.jsonl, the line of it, what is said
+    "no JSON": (lambda rows: [*rows[:2], "{]", *rows[3:]], 3, "no JSON object"),
+    "no object": (lambda rows: ["5", *rows[1:]], 1, "no JSON object"),
+    "nested": (lambda rows: [*rows[:1], "[" * 10**5, *rows[2:]], 2, "no JSON object"),
+    "NaN": (lambda rows: [rows[0].replace("5.", "NaN, \"x\": 5.", 1), *rows[1:]], 1, "no JSON object"),
+    "infinite": (lambda rows: [*rows[:1], '{"step": 0, "loss": 1e999}', *rows[2:]], 2, "not the numbers"),
+    "text": (lambda rows: [*rows[:1], '{"step": "0", "loss": 1}', *rows[2:]], 2, "not the numbers"),
+    "no step": (lambda rows: [*rows[:1], '{"loss": 1}', *rows[2:]], 2, "not the numbers"),
+    "order": (lambda rows: [*rows[:2], rows[4], *rows[3:]], 3, "step 3 stands where 1 should"),
+    "a row less": (lambda rows: [*rows[:2], *rows[3:]], 3, "step 2 stands where 1 should"),
+    "other number": (lambda rows: [*rows[:2], rows[2].replace('"loss": 5', '"loss": 4'), *rows[3:]], 0,
+                     "damaged, not what the checkpoint of step 5 saw"),
+    "cut": (lambda rows: rows[:4], 0, "damaged, not what the checkpoint of step 5 saw"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_damaged_metrics_are_one_line_with_the_place(tiny, half, name):
+    damage, number, says = ROWS[name]
+    path = half / "metrics.jsonl"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join(damage(rows)) + "\n")
+    assert path.read_text().splitlines() != rows
+    before = files_of(half)
+    line = refusal(tiny(half, resume=True))
+    assert f"{path}{f', line {number}' if number else ''}: " in line and says in line
+    assert files_of(half) == before
+
+
+def test_a_last_row_that_a_kill_cut_is_made_anew(tiny, whole, half):
+    with open(half / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 5.1')
+    train.main(tiny(half, resume=True))
+    assert changed(half, whole("ngpt")) == set()
+
+
+def test_two_runs_never_share_a_folder(tiny, whole, tmp_path):
+    """The lock goes with its process, however that ends."""
+    argv = tiny(tmp_path, checkpoint_interval=1)
+    rate = train.learning_rate
+    process = Process(lambda: train.main(argv), lambda: setattr(
+        train, "learning_rate", lambda c, step: (time.sleep(0.1), rate(c, step))[1]))
+    while not (tmp_path / "ckpt.pt").exists():
+        time.sleep(0.01)
+    line = refusal(tiny(tmp_path, resume=True))
+    assert f"{tmp_path}: another process is at work there" in line
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.end() == (-signal.SIGKILL, "")
+    train.main(tiny(tmp_path, resume=True))
+    assert changed(tmp_path, whole("ngpt")) == set()
+    lines = Lines(tmp_path / "log.txt", alone=True)
+    with pytest.raises(UserError, match="another process is at work there"):    # in one process too
+        Lines(tmp_path / "log.txt", alone=True)
+    lines.close()
+    Lines(tmp_path / "log.txt", alone=True).close()
+
+
+def test_only_what_a_machine_can_hold_is_begun(tiny, tmp_path, monkeypatch):
+    for changes, says in (({"n_embd": 2**18, "n_head": 8}, "n_embd=262144 and n_layer=1 take"),
+                          ({"batch_size": 10**8}, "batch_size=100000000 of block_size=32 another")):
+        assert says in refusal(tiny(tmp_path, **changes)) and not list(tmp_path.iterdir())
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")):
+        def fail(*_, error=error):
+            raise error
+        monkeypatch.setattr(train, "update", fail)
+        line = refusal(tiny(tmp_path / type(error).__name__))
+        assert "out of memory; lower batch_size=4 (and raise gradient_accumulation_steps)" in line
+    monkeypatch.setattr(train, "update", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):          # a mistake of ours keeps its traceback
+        train.main(tiny(tmp_path / "bug"))
+
+
+def test_a_second_signal_ends_at_once(tiny, tmp_path):
+    """In an operation of minutes, in which Python itself would not look for signals; within a moment, two are
+    one."""
+    def busy(*_):
+        while True:
+            torch.mm(big, big)
+    big = torch.ones(6000, 6000)                    # seconds on one core
+    process = Process(lambda: train.main(tiny(tmp_path)), lambda: setattr(train, "update", busy))
+    while not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    for pause in (0.05, 0.5, 0.0):
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(pause)
+    started = time.monotonic()
+    status, said = process.end()
+    assert status == 128 + signal.SIGTERM and time.monotonic() - started < 0.5
+    assert said == "SIGTERM: stopping after this step; once more to stop at once\n"
+
+
+def test_ignored_signals_stay_ignored(tiny, tmp_path):
+    """As under nohup."""
+    handlers = []
+
+    def update(*args):
+        handlers.append(signal.getsignal(signal.SIGHUP))
+        return original(*args)
+    original, before = train.update, signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "update", update)
+        train.main(tiny(tmp_path, max_steps=1))
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN and handlers == [signal.SIG_IGN]
+
+
+@pytest.mark.parametrize("console", ["a pipe that nobody reads", "/dev/full"])
+def test_a_run_whose_console_is_gone_ends_with_a_checkpoint(tiny, whole, tmp_path, console):
+    def close():
+        if console == "/dev/full":
+            os.dup2(os.open(console, os.O_WRONLY), 1)
+        else:
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, 1)
+    assert tried(lambda: train.main(tiny(tmp_path)), close) == (train.STOPPED, "")
+    said = (tmp_path / "log.txt").read_text()
+    assert "the console is closed: stopped at step 0; continue with --resume" in said
+    train.main(tiny(tmp_path, resume=True))
+    assert changed(tmp_path, whole("ngpt")) == set()
+
+
+def test_interrupted_start_up_says_nothing(tmp_path):
+    process = start(REPO / "train.py", "--out_dir=none", cwd=tmp_path)
+    time.sleep(0.7)                                 # among its imports
+    process.send_signal(signal.SIGINT)
+    assert finish(process) == (-signal.SIGINT, "", "")
+
+
+def test_a_loop_until_done_ends(tiny, whole, tmp_path):
+    """What a cluster's queue does: the same command until it exits with 0; here each step is interrupted."""
+    def stop():
+        rate = train.learning_rate
+        train.learning_rate = lambda c, step: (os.kill(os.getpid(), signal.SIGHUP), rate(c, step))[1]
+    train.main(tiny(tmp_path, stop_at=6))
+    ends = [Process(lambda: train.main(tiny(tmp_path, resume=True)), stop).end()[0] for _ in range(5)]
+    assert ends == [train.STOPPED] * 3 + [0] * 2 and changed(tmp_path, whole("ngpt")) == set()
+
+
+def test_a_run_is_sampled_with_its_own_tokenizer(tiny, dataset, half, tmp_path):
+    data = shutil.copytree(dataset, tmp_path / "data")
+    train.main(tiny(tmp_path / "run", dataset=data, stop_at=1))
+    load_model(tmp_path / "run")
+    (data / "tokenizer.json").write_text('{"name": "gpt2"}')
+    for load in (load_model, train.load_run):
+        with pytest.raises(UserError, match="json: gpt2 is not the tokenizer of the run, bytes, a test"):
+            load(tmp_path / "run")
+
+
 # ---------------------------------------------------------------- ranks
 
 def torchrun(folder, argv):
@@ -595,6 +954,19 @@ def torchrun(folder, argv):
                                     folder / "driver.py", *argv))
     assert status == 0, err
     assert out.count("converted ") == 1             # only the first rank speaks
+
+
+def test_an_error_of_one_rank_ends_both_in_order(tiny, tmp_path):
+    """The first cannot write; the other learns of it, and both leave the group they talk through."""
+    leave = ("import torch.distributed as dist\nreal = dist.destroy_process_group\n"
+             "dist.destroy_process_group = lambda: (print('left', os.environ['RANK'], flush=True), real())\n")
+    (tmp_path / "driver.py").write_text(EAGER + leave + TRAIN)
+    (tmp_path / "file").write_text("")
+    status, out, err = finish(start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                                    tmp_path / "driver.py",
+                                    *tiny(tmp_path / "file", gradient_accumulation_steps=2)))
+    assert status == 1 and sorted(re.findall(r"left \d", out)) == ["left 0", "left 1"]
+    assert err.count("train.py: ") == 1 and f"train.py: {tmp_path / 'file'}: File exists" in err
 
 
 def test_two_ranks_equal_two_micro_batches(tiny, whole, tmp_path):
