@@ -358,8 +358,8 @@ def commands(bench, n):
 # ---------------------------------------------------------------- all of it
 
 KINDS = {                                           # how often: short, and by hand
-    kills: (3, 100), signals: (3, 60), many_rows: (1, 20), disks: (3, 60), flips: (6, 300), files: (2, 100),
-    checkpoints: (4, 200), configs: (150, 2000), commands: (6, 150)}
+    kills: (2, 100), signals: (2, 60), many_rows: (1, 20), disks: (2, 60), flips: (6, 300), files: (2, 100),
+    checkpoints: (3, 200), configs: (150, 2000), commands: (6, 150)}
 
 
 def main(argv):

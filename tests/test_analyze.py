@@ -619,8 +619,9 @@ def test_unfit_runs_are_one_line(tiny, out, tmp_path):
 
 
 DAMAGED = {                                         # file of a run: what is wrong with it, and what is said
-    "config.json": {"": "no JSON object", "[]": "no JSON object", "{": "no JSON object", "{}\xff": "no JSON object",
-                    '{"n_embd": "many"}': "n_embd='many' must be", "[" * 10**5: "no JSON object"},
+    "config.json": {"": "no JSON object", "[]": "no JSON object", "{": "no JSON object",
+                    "{}\xff": "no JSON object", "[" * 10**5: "no JSON object",
+                    '{"n_embd": "many"}': "n_embd='many' must be"},
     "metrics.jsonl": {"5\n": ", line 1: damaged", '{"step": 0, "loss": NaN}\n': ", line 1: damaged",
                       '{"step": 0, "loss": 5.0}\n{"step": 2, "loss": 5.0}\n': ", line 2: damaged",
                       "": "metrics.jsonl must hold steps and evaluations; let it run on",

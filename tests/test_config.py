@@ -117,8 +117,8 @@ WRONG_FLAGS = {
     **{f"--{name}={value}": f"{name}={float(value)} must be in [" for name, value in (
         ("min_lr", "-1"), ("learning_rate", "inf"), ("weight_decay", "inf"), ("grad_clip", "inf"),
         ("learning_rate", "-1e-3"), ("init_std", "nan"), ("rope_base", "nan"), ("init_std", "1e308"),
-        ("init_std", "0"), ("fp4_input_amax", "1e300"), ("fp4_grad_amax", "inf"), ("beta2", "1"), ("beta1", "2"),
-        ("s_z_init", "-inf"), ("alpha_init", "0"), ("decay_fraction", "1.5"))},
+        ("init_std", "0"), ("fp4_input_amax", "1e300"), ("fp4_grad_amax", "inf"), ("beta2", "1"),
+        ("beta1", "2"), ("s_z_init", "-inf"), ("alpha_init", "0"), ("decay_fraction", "1.5"))},
     **{f"--{name}={10**power}": f"{name}={10**power} must be in [" for power in (10, 40) for name in (
         "n_layer", "n_embd", "n_head", "n_ffn", "batch_size", "eval_iters", "gradient_accumulation_steps",
         "sample_tokens", "max_steps", "warmup_steps", "block_size")},
@@ -141,7 +141,7 @@ WRONG_FILES = {
     "fp4_gemms = 3": "fp4_gemms=3 must be names with commas between",
     "n_embd = (": "bad.py: SyntaxError",
     "import sys; sys.exit()": "bad.py: SystemExit",
-    "import numpy\nlearning_rate = numpy.ones(3)": "learning_rate=array([1., 1., 1.]) must be a number, and is a nda",
+    "import numpy\nlearning_rate = numpy.ones(3)": "learning_rate=array([1., 1., 1.]) must be a number",
     "import numpy\narch = numpy.ones((99, 99))": "must be gpt or ngpt, and is a ndarray",
     "n_layer = 10**5000": f"n_layer=... {WHOLE}",
     "arch = 10**5000": f"arch=... {CHOICE} gpt, ngpt",
