@@ -566,16 +566,23 @@ def test_text_mistakes_are_one_line_and_overwrite_nothing(tmp_path, folder, monk
     assert len(read_tokens("new/val.bin")[0]) > 2000
 
 
-def test_strange_folders_are_one_line_and_strange_names_are_text(tmp_path, folder):
-    (tmp_path / "loop").symlink_to("loop")
-    deep = tmp_path / "deep"
-    deep.mkdir()
-    here = os.open(deep, os.O_RDONLY)
-    for _ in range(1500):                           # a path that long has to be made from within
+@pytest.fixture
+def deep(tmp_path):
+    """A folder with 1,500 in each other; a path that long can only be made from within, and pytest's way of
+    removing it would recurse."""
+    (tmp_path / "deep").mkdir()
+    here = os.open(tmp_path / "deep", os.O_RDONLY)
+    for _ in range(1500):
         os.mkdir("a", dir_fd=here)
         here, above = os.open("a", os.O_RDONLY, dir_fd=here), here
         os.close(above)
     os.close(here)
+    yield tmp_path / "deep"
+    subprocess.run(["rm", "-rf", tmp_path / "deep"], check=True)
+
+
+def test_strange_folders_are_one_line_and_strange_names_are_text(tmp_path, folder, deep):
+    (tmp_path / "loop").symlink_to("loop")
     for arguments, says in ((["loop"], "error: loop: no such file or folder"),
                             (["texts", "--glob", "/etc/*"], "error: --glob=/etc/* must be a pattern below "),
                             (["A" * 300], "error: " + "A" * 300 + ": File name too long"),
@@ -588,7 +595,6 @@ def test_strange_folders_are_one_line_and_strange_names_are_text(tmp_path, folde
     done = run_script("text/prepare.py", strange, "--out", strange + "2", "--tokenizer=bytes", cwd=tmp_path)
     assert done.returncode == 0 and "caf\\udce92/train.bin" in done.stdout, done.stderr
     assert read_tokens(tmp_path / (strange + "2") / "train.bin")[1].source.startswith("caf?, 40 files")
-    subprocess.run(["rm", "-rf", deep], check=True)             # pytest's own would recurse
 
 
 def test_mistake_through_a_real_process(tmp_path, folder):
