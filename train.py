@@ -12,9 +12,9 @@ run that was stopped goes on bit for bit (--resume), and n ranks compute what on
 does. On a GPU that takes --deterministic: attention's backward there adds up in the order in which its parts
 are done, unless it is told not to.
 
-Exit status: 0 done, also where --resume finds that a run is; 75 stopped by SIGINT, SIGTERM, SIGHUP or the end
-of whoever read the output, with a checkpoint, from which the same command with --resume goes on; 1 an error
-that a rerun does not mend. The same signal once more ends the process at once.
+Exit status: 0 done, also where --resume finds nothing left to do; 75 stopped with a checkpoint, by SIGINT,
+SIGTERM, SIGHUP or a closed console: run it again with --resume; 1 an error, which running it again does not
+mend. The same signal once more ends a run at once, without a checkpoint.
 """
 import signal
 
@@ -28,7 +28,6 @@ import math
 import os
 import re
 import sys
-import threading
 import time
 import zlib
 from dataclasses import dataclass, field, replace
@@ -43,7 +42,8 @@ from torch.nn.parallel import DistributedDataParallel
 import nvfp4
 from configs import config
 from configs.config import Count, Fraction, NotNegative, Some, UserError
-from data.files import Lines, command, mute, naming, read_json_lines, sweep, write_json, write_whole
+from data.files import (Lines, Stop, catch_signals, command, mute, naming, naming_memory, read_json_lines,
+                        sweep, write_json, write_whole)
 from data.tokens import Data, batch_at, load_data, prepare_missing, train_starts, unigram_loss, val_starts
 from model import (ModelConfig, build, count_parameters, flops_per_token, load_checkpoint, load_model, misfit,
                    outline, sample_text)
@@ -541,7 +541,7 @@ def evaluate(run, step):
     if nvfp4.fp4_layers(run.model):
         row["val_loss_fp4"] = validation_loss(run)
     if not all(map(math.isfinite, row.values())):
-        raise Diverged(f"step {step}: validation loss {loss}")
+        raise Diverged(f"step {step}: validation loss {loss}, in FP4 {row.get('val_loss_fp4')}")
     return row
 
 
@@ -581,13 +581,6 @@ def save(run, step):
     run.saved = step
 
 
-class Stop:
-    """Whether a run is to end after the step under way."""
-    why = ""                                        # it is: the name of a signal, or the like
-    at = None                                       # the step at which it did
-    times = ()                                      # seconds of each step done, for those who wait
-
-
 @contextlib.contextmanager
 def last_words(run):
     """An error that ends a run says what is left of it."""
@@ -597,20 +590,8 @@ def last_words(run):
         left = "there is no checkpoint"
         if run.saved is not None:
             left = f"the checkpoint of step {run.saved} is whole"
-        error.args = f"{error}; {left} in {run.c.out_dir}",
+        error.args = (f"{error}; {left} in {run.c.out_dir}",)
         raise
-
-
-@contextlib.contextmanager
-def naming_memory(c):
-    """Running out of memory, which torch says in three ways, as a UserError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
-            raise
-        raise UserError(f"out of memory; lower batch_size={c.batch_size} (and raise "
-                        f"gradient_accumulation_steps), block_size or the model") from error
 
 
 def train(c, stop=None):
@@ -619,7 +600,8 @@ def train(c, stop=None):
     raises UserError: Finished, Diverged and others
     """
     stop = stop or Stop()
-    with contextlib.ExitStack() as after, naming_memory(c):     # this process may do other things
+    advice = f"lower batch_size={c.batch_size} (and raise gradient_accumulation_steps) or the model's sizes"
+    with contextlib.ExitStack() as after, naming_memory(advice):    # this process may do other things
         after.callback(nvfp4.use_compiler, nvfp4.use_compiler(c.compile))
         if c.deterministic:
             after.callback(be_deterministic())
@@ -751,45 +733,6 @@ def report_sample(run, step):
 
 # ---------------------------------------------------------------- the command
 
-@contextlib.contextmanager
-def catch_signals(stop):
-    """Have SIGINT, SIGTERM and SIGHUP stop a run; the second of a kind ends the process at once. A thread
-    looks after them: Python itself would not before the operation under way is done, say a backward."""
-    came = {}
-
-    def watch():
-        for number in iter(lambda: os.read(reader, 1), b""):
-            name, now = signal.Signals(number[0]).name, time.monotonic()
-            since = now - came.setdefault(name, now)
-            if since > TOGETHER:
-                os._exit(128 + number[0])
-            if since == 0:
-                stop.why = stop.why or name
-                taking = f" (one takes {usual(stop.times):.1f} s)" if stop.times else ""
-                with contextlib.suppress(OSError):
-                    print(f"{name}: stopping after this step{taking}; once more to stop at once",
-                          file=sys.stderr, flush=True)
-
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    known = [s for s in known if signal.getsignal(s) is not signal.SIG_IGN]     # as nohup wants it
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    handlers = {s: signal.signal(s, lambda *_: None) for s in known}
-    try:
-        yield
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-        signal.set_wakeup_fd(before)
-        os.close(writer)
-        watcher.join()
-        os.close(reader)
-
-
-TOGETHER = 0.2                                      # seconds: a terminal's signal and torchrun's are one
 STOPPED = 75                                        # exit status, EX_TEMPFAIL: try again
 
 

@@ -1,13 +1,18 @@
-"""Files that are whole or not there, lines that are never lost, and errors of the machine as one line.
+"""What a program and its machine do to each other: files that are whole or not there, lines that are never
+lost, signals, and errors of the machine as one line.
 
-What can go wrong between a program and its disk is dealt with here, once: a kill at any moment, a full or
-read-only disk, a damaged file, a second process in the same folder.
+Dealt with here, once, and nowhere else: a kill at any moment, a full or read-only disk, a damaged file, a
+second process in the same folder, too little memory. Nothing here knows of models.
 """
 import contextlib
 import functools
 import json
 import os
+import re
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 from configs.config import UserError
@@ -32,6 +37,17 @@ def naming(path):
         yield
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def naming_memory(advice):
+    """Running out of memory, which torch says in three ways, as a UserError with advice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
+            raise
+        raise UserError(f"out of memory; {advice}") from error
 
 
 # ---------------------------------------------------------------- whole files
@@ -152,6 +168,57 @@ class Lines:
 
     def close(self):
         self.file.close()
+
+
+# ---------------------------------------------------------------- signals
+
+TOGETHER = 0.2                                      # seconds: what a terminal and torchrun send is one signal
+
+
+class Stop:
+    """Whether work that takes steps is to end after the one under way."""
+    why = ""                                        # it is: the name of a signal, or the like
+    at = None                                       # the step at which it did
+    times = ()                                      # seconds of each step done, for who has to wait
+
+
+@contextlib.contextmanager
+def catch_signals(stop):
+    """Let SIGINT, SIGTERM and SIGHUP fill a Stop; the second of a kind ends the process at once. A thread
+    looks after them: Python itself would not before the operation under way is done, a backward of minutes.
+    """
+    came = {}
+
+    def watch():
+        for number in iter(lambda: os.read(reader, 1), b""):
+            name, now = signal.Signals(number[0]).name, time.monotonic()
+            first = name not in came
+            if now - came.setdefault(name, now) > TOGETHER:
+                os._exit(128 + number[0])
+            stop.why = stop.why or name
+            if first:
+                taking = f" (one takes {stop.times[-1]:.1f} s)" if stop.times else ""
+                with contextlib.suppress(OSError):  # nobody may be there any more
+                    print(f"{name}: stopping after this step{taking}; once more to stop at once",
+                          file=sys.stderr, flush=True)
+
+    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    known = [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]     # nohup's wish
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in known}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)
 
 
 # ---------------------------------------------------------------- commands

@@ -542,15 +542,15 @@ def test_weights_are_quantized_once_per_update(square, n_weights, fused, monkeyp
 
 
 def test_a_replaced_weight_is_noticed():
-    """A new Parameter around the same memory, which Python puts where the old one was: the same id, address and
-    version."""
+    """A new Parameter around the same memory, which Python would put where the old one was: the same id,
+    address and version."""
     layer, x = FP4Linear(torch.nn.Linear(32, 32, bias=False), FP4Config(weight_amax=8.0)), torch.ones(16, 32)
     values = torch.empty(32, 32)
     for value in (1.0, 2.0, 3.0, 4.0, 6.0):
         del layer.weight
         values.data.fill_(value)
         layer.weight = torch.nn.Parameter(values)
-        assert (layer(x) == 32 * value).all()
+        assert torch.allclose(layer(x), torch.tensor(32 * value), rtol=0.1)
 
 
 def test_set_step_gives_each_operand_its_key():
@@ -674,7 +674,8 @@ def test_a_layer_under_several_names_is_converted_under_all():
     model = torch.nn.ModuleDict({"a": one, "b": other, "c": one, "d": torch.nn.ModuleDict({"e": one})})
     state = list(model.state_dict())
     convert(model, FP4Config(), lines.append)
-    assert lines == ["converted 2/2 linears to nvfp4 (fprop,dgrad,wgrad)"] and list(model.state_dict()) == state
+    assert lines == ["converted 2/2 linears to nvfp4 (fprop,dgrad,wgrad)"]
+    assert list(model.state_dict()) == state
     assert isinstance(model["a"], FP4Linear) and model["a"] is model["c"] is model["d"]["e"] is not model["b"]
     assert model["a"].weight is one.weight and model["b"].weight is other.weight
 
