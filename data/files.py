@@ -241,7 +241,8 @@ def command(name):
                 if hasattr(stream, "reconfigure"):  # a name that is no UTF-8 can be printed too
                     stream.reconfigure(errors="backslashreplace")
             try:
-                result = work(*arguments)
+                with naming_memory("ask for less, or for a larger machine"):
+                    result = work(*arguments)
                 print(end="", flush=True)
                 return result
             except BrokenPipeError:                 # ... | head
