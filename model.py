@@ -495,7 +495,7 @@ def misfit(found, like, name, free=()):
     if torch.is_tensor(like):
         if not torch.is_tensor(found) or (found.shape, found.dtype) != (like.shape, like.dtype):
             return f"{name} must be {tuple(like.shape)} of {like.dtype}"
-        finite = math.isfinite(found.sum()) or found.isfinite().all()           # the sum: one pass over memory
+        finite = math.isfinite(found.sum()) or found.isfinite().all()           # the sum needs no memory
         return None if finite else f"{name} is not finite"
     if isinstance(like, dict) and isinstance(found, dict):
         if found.keys() != like.keys():
