@@ -309,7 +309,7 @@ def senseless(dice, folder, names, most=3):
     for _ in range(dice.randint(1, most)):
         kind, name = dice.random(), dice.choice(names)
         if kind < 0.75:
-            argv.append(f"--{name}={dice.choice(VALUES)}")
+            argv.append(f"--{name}={dice.choice(VALUES[3:9] if dice.random() < 0.5 else VALUES)}")
         elif kind < 0.95:
             path = Path(folder, "fuzz.py")
             path.write_text(f"{name} = {dice.choice(PYTHON)}\n")
