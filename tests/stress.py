@@ -103,7 +103,9 @@ class Bench:
         self.data.mkdir()
         text = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=20000))
         prepare([text[2000:]], [text[:2000]], self.data, "a test", tokenizer="bytes")
-        train.main(self.flags(self.whole))
+        started = time.monotonic()
+        assert self.run(self.whole).end()[0] == 0
+        self.seconds = time.monotonic() - started   # of a run
         train.main(self.flags(self.folder / "half", stop_at=5))
 
     def flags(self, out_dir, **changes):
@@ -141,7 +143,7 @@ def until_done(bench, name, hurt, random):
     shutil.rmtree(folder, ignore_errors=True)
     while n < 40:
         process = bench.run(folder, resume=(folder / "ckpt.pt").exists())
-        time.sleep(random.uniform(0.0, 0.35))
+        time.sleep(random.uniform(0, bench.seconds * (1 + n / 10)))             # a machine may become slower
         hurt(process.pid)                           # a zombie at worst: nobody has waited for it yet
         (status, line), n = process.end(), n + 1
         if status == 0:

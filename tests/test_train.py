@@ -885,7 +885,7 @@ def test_a_second_signal_ends_at_once(tiny, tmp_path):
     def busy(*_):
         while True:
             torch.mm(big, big)
-    big = torch.ones(6000, 6000)                    # seconds on one core
+    big = torch.ones(8000, 8000)                    # 10^12 operations: many seconds on one core
     process = Process(lambda: train.main(tiny(tmp_path)), lambda: setattr(train, "update", busy))
     while not (tmp_path / "metrics.jsonl").exists():
         time.sleep(0.01)
@@ -895,7 +895,7 @@ def test_a_second_signal_ends_at_once(tiny, tmp_path):
         time.sleep(pause)
     started = time.monotonic()
     status, said = process.end()
-    assert status == 128 + signal.SIGTERM and time.monotonic() - started < 0.5
+    assert status == 128 + signal.SIGTERM and time.monotonic() - started < 3
     assert said == "SIGTERM: stopping after this step; once more to stop at once\n"
 
 
@@ -931,7 +931,8 @@ def test_a_run_whose_console_is_gone_ends_with_a_checkpoint(tiny, whole, tmp_pat
 
 def test_interrupted_start_up_says_nothing(tmp_path):
     process = start(REPO / "train.py", "--out_dir=none", cwd=tmp_path)
-    time.sleep(0.7)                                 # among its imports
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():      # among its imports
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert finish(process) == (-signal.SIGINT, "", "")
 
