@@ -59,11 +59,12 @@ def write_whole(writers):
 
     raises UserError naming the path; then nothing is left behind
     """
-    beside = {Path(path): Path(path).with_name(f"{Path(path).stem}.{os.getpid()}.tmp{Path(path).suffix}")
-              for path in writers}
+    beside = {}
     try:
         for path, write in writers.items():
-            with naming(path), open(beside[Path(path)], "wb") as file:
+            path = Path(path)
+            beside[path] = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
+            with naming(path), open(beside[path], "wb") as file:
                 try:
                     write(file)
                 except RuntimeError as error:       # torch.save's own, raised while it cleans up after ...
@@ -80,7 +81,8 @@ def write_whole(writers):
                 os.close(descriptor)
     finally:
         for temporary in beside.values():
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):      # it has taken its place, or never came to be
+                temporary.unlink()
 
 
 def write_json(path, value):
@@ -231,9 +233,8 @@ def mute(stream):
 
 
 def command(name):
-    """Decorator of a function that is a command of this name. A UserError, and an error of the system that
-    names its file, are one line on stderr and exit status 1; all else is our own mistake and keeps its
-    traceback."""
+    """Decorator of a function that is a command of this name. A UserError and an error of the system are one
+    line on stderr and exit status 1; all else is our own mistake and keeps its traceback."""
     def decorate(work):
         @functools.wraps(work)
         def run(*arguments):
@@ -251,8 +252,6 @@ def command(name):
             except KeyboardInterrupt:
                 sys.exit(130)                       # SIGINT
             except (UserError, OSError) as error:
-                if isinstance(error, OSError) and not error.filename:
-                    raise
                 sys.exit(str(UserError(f"{name}: {explain(error)}")))
         return run
     return decorate
