@@ -21,7 +21,8 @@ the quantized operands, term k is the signal s_k = w_k x_k plus the noise n_k = 
 The high-precision model of the checkpoint is run on held-out batches; hooks record what enters each layer
 that convert() makes, quantized by the layer's own choices: what the run's recipe gives fprop.x and fprop.w
 (a bf16 run: its architecture's recipe). Tokens and output channels are sampled; sums over the products come
-from matrix products, in float64, so the products (T, J, K) themselves never exist. Means are over the layers
+from matrix products, in float64, so the products (T, J, K) themselves never exist. Some experts of a mixture
+are measured, each on tokens of its own, and stand as layers, fc1[0] and so on. Means are over the layers
 that all runs have; spreads are standard deviations over runs that differ in their seed alone.
 
 Letters: T tokens and J output channels in the sample, K terms of a dot product (the papers' D).
@@ -266,27 +267,49 @@ def as_multiplied(x, how):
     return seen, quantize(x, **how).dequantize()
 
 
-def named_layers(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, nvfp4.FP4Linear)}
+class Part(NamedTuple):
+    """What is measured as a layer: an FP4 layer, or one expert of it."""
+    layer: nvfp4.FP4Linear
+    expert: int | None = None
+
+
+N_EXPERTS = 4                                       # of each mixture, from the first to the last
+
+
+def named_parts(model):
+    """{name: Part} of all FP4 layers; of experts N_EXPERTS at most."""
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nvfp4.FP4Linear) and layer.weight.dim() == 2:
+            found[name] = Part(layer)
+        elif isinstance(layer, nvfp4.FP4Linear):
+            step = -(-len(layer.weight) // N_EXPERTS)
+            found |= {f"{name}[{e}]": Part(layer, e) for e in range(0, len(layer.weight), step)}
+    return found
 
 
 @torch.no_grad()
 def record(model, batches, n_tokens, seed=0):
     """What enters the FP4 layers of a converted model that runs in high precision: {name: (x, xq)}, (T, K)
-    fp32 each, as multiplied and quantized.
+    fp32 each, as multiplied and quantized, by the names of named_parts().
 
-    batches: (idx, targets) pairs; n_tokens rows in all, the same tokens for every layer. Whole batches are
-    quantized, as in training, since a measured tensor scale depends on all that is in them.
+    batches: (idx, targets) pairs; n_tokens rows in all, the same tokens for every layer; of an expert at most
+    as many, drawn from its own. Whole batches are quantized, as in training, since a measured tensor scale
+    depends on all that is in them.
     """
     generator, found, handles = torch.Generator().manual_seed(seed), {}, []
 
-    def keep(name, layer, x):
+    def keep(name, part, x, ends=None):
         x = x.detach().flatten(0, -2).float()
-        pair = as_multiplied(x, layer.cfg.operand("fprop.x", layer.keys, layer.signs))
-        found.setdefault(name, []).append([t[rows.to(t.device)] for t in pair])
-    for name, layer in named_layers(model).items():
-        handles.append(layer.register_forward_pre_hook(
-            lambda layer, args, name=name: keep(name, layer, args[0])))
+        how, mine = part.layer.cfg.operand("fprop.x", part.layer.keys, part.layer.signs), rows
+        if part.expert is not None:                 # its rows, but for the zeros that fill them up
+            start = ends[part.expert - 1] if part.expert else 0
+            mine = start + x[start:ends[part.expert]].any(1).nonzero().flatten()
+            mine = mine[torch.randperm(len(mine), generator=generator)[:len(rows)]]
+        found.setdefault(name, []).append([t[mine.to(t.device)] for t in as_multiplied(x, how)])
+    for name, part in named_parts(model).items():
+        handles.append(part.layer.register_forward_pre_hook(
+            lambda layer, args, name=name, part=part: keep(name, part, *args)))
     with nvfp4.high_precision(model):
         for idx, _ in batches:
             rows = torch.randperm(idx.numel(), generator=generator)[:-(-n_tokens // len(batches))]
@@ -333,15 +356,18 @@ STAGES = ("weights", "activations", "products", "dot")
 
 
 @torch.no_grad()
-def measure(layer, x, xq, n_channels, seed=0):
-    """All that is measured of one FP4 layer, from what record() kept of its input.
+def measure(part, x, xq, n_channels, seed=0):
+    """All that is measured of one FP4 layer or expert, from what record() kept of its input.
 
     returns {probe: number}
             [{k, dot, rho_s, eq4}] for sums of k terms, the first two NaN for k > K
             [{dot, z_s, z_n, rho_s, rho_n}] of the sampled output channels
     """
+    layer, expert = part
     how_x, how_w = (layer.cfg.operand(name, layer.keys, layer.signs) for name in ("fprop.x", "fprop.w"))
-    w, wq = as_multiplied(layer.weight.detach().float(), how_w)
+    w, wq = as_multiplied(layer.weight.detach().flatten(0, -2).float(), how_w)  # all experts have one scale
+    if expert is not None:
+        w, wq = (t.view_as(layer.weight)[expert] for t in (w, wq))
     chosen = torch.randperm(len(w), generator=torch.Generator().manual_seed(seed))[:n_channels].to(x.device)
     operands = x, w[chosen], xq, wq[chosen]
     sample = Sample(x, xq, w, wq, moments(*operands), how_x, how_w)
@@ -417,16 +443,16 @@ def analyse(folder, o):
     growth, kind = flatness(model, lambda model: loss(model, [few]), seed=o.seed), read_run(folder)["kind"]
     whole = {"quantized_as": recipe, "loss": loss(model, batches), "growth": sum(growth) / len(growth)}
     nvfp4.convert(model, cfg, report=lambda line: None)
-    layers = named_layers(model)
-    if not layers:
+    parts = named_parts(model)
+    if not parts:
         raise UserError(f"{folder}: {recipe} must quantize a layer; give a run that has some in FP4")
     rows = {"layers": [], "terms": [], "channels": [], "noise": [
         kind | {"alpha": a, "growth": g} for a, g in zip((0, *ALPHAS), (0.0, *growth), strict=True)]}
     found = record(model, batches, o.tokens, o.seed)
-    for name in progress(layers, str(folder)):
+    for name in progress(parts, str(folder)):
         here = kind | {"layer": name}
-        probes, terms, channels = measure(layers[name], *found.pop(name), o.channels, o.seed)
-        rows["layers"].append(here | whole | {"K": layers[name].in_features} | probes)
+        probes, terms, channels = measure(parts[name], *found.pop(name), o.channels, o.seed)
+        rows["layers"].append(here | whole | {"K": parts[name].layer.in_features} | probes)
         rows["terms"] += [here | term for term in terms]
         rows["channels"] += [here | channel for channel in channels]
     return rows

@@ -1,24 +1,30 @@
-"""GPT and nGPT: one residual stream, a pattern of mixers over it, and two rules for adding to it.
+"""GPT, nGPT and hybrids: one residual stream, a pattern of mixers over it, two rules for adding to it.
 
-A pattern names the mixers in order: "*" attention, "-" MLP; "*-*-" is a transformer of two layers. A rule
-says how a mixer's output joins the stream: pre-norm (GPT), h + f(rmsnorm(h)), or the step on the hypersphere
-(nGPT), where the stream has norm 1 and so has every row that enters a linear layer. GPT stands first and is
-complete without nGPT; nGPT replaces the mixers, the rule and the head by normalized ones. A mixer alone
-knows its weights: which axis of theirs is the residual stream, how they begin, what they cost. A new one is a
-class, and its letter in GPT.mixers and NGPT.mixers. Nothing here knows of 4 bits.
+A pattern names the mixers in order: "*" attention, "-" MLP, "M" Mamba-2, "E" mixture of experts; "*-*-" is a
+transformer of two layers. A rule says how a mixer's output joins the stream: pre-norm (GPT),
+h + f(rmsnorm(h)), or the step on the hypersphere (nGPT), where the stream has norm 1 and so has every row
+that enters a linear layer. The standard mixers stand first and are complete without nGPT; nGPT replaces the
+mixers, the rule and the head by normalized ones. A mixer alone knows its weights: which axis of theirs is the
+residual stream, how they begin, what they cost, and what it must remember from one token to the next. A new
+one is a class, and its letter in GPT.mixers and NGPT.mixers. Nothing here knows of 4 bits.
 
 Letters
     B T C    batch, time (tokens), channels of the residual stream (n_embd)
     H G D    query heads, key/value heads (n_kv_head), channels of a head (head_dim)
     F V      hidden channels of the MLP (n_ffn), vocabulary
+    H P      of Mamba-2: heads and channels of a head
+    G N      groups of heads that share B and C, channels of the state; L tokens in a chunk
+    E K      experts, experts chosen for a token
     unit(x)  x / ||x|| along the last axis: Norm in the papers
 
 Sources: 2410.01131 (nGPT), 2605.06067 appendix A (nGPT with normalized GEMM inputs: what makes it natively
-4-bit).
+4-bit), 2405.21060 (Mamba-2), 2512.20848 (the mixture of experts of Nemotron 3 Nano).
 
     python model.py configs/ngpt_1b.py --n_layer=10    describe a model: parameters, FLOPs, memory, layers
     python model.py out/ngpt_tiny "The state of"       sample from a run
 """
+import functools
+import itertools
 import math
 import sys
 import zipfile
@@ -56,22 +62,41 @@ class ModelConfig:
     normalize_inputs: bool = True                   # ngpt: unit-norm inputs for output projections as well
     s_z_init: Positive = 1.0                        # ngpt: what multiplies the cosines, at the start
     alpha_init: Positive = 0.05                     # ngpt: size of a step on the sphere, at the start
+    # Mamba-2
+    mamba_n_head: Size | None = None                # heads; None: 2 * n_embd / mamba_head_dim
+    mamba_head_dim: Size = 64                       # channels of a head
+    mamba_n_group: Size = 8                         # groups of heads that share B and C
+    mamba_n_state: Size = 128                       # channels of a head's state
+    mamba_conv: Size = 4                            # tokens that the convolution sees
+    mamba_chunk: Size = 128                         # tokens in a chunk: speed and memory, not the result
+    # mixture of experts, each an MLP with n_ffn hidden channels
+    moe_n_expert: Size = 8                          # experts that tokens are routed to
+    moe_n_active: Size = 2                          # experts of a token
+    moe_n_ffn_shared: Size | None = None            # hidden channels of the shared expert; None: 2 * n_ffn
+    moe_scale: NotNegative = 2.5                    # what the routing weights of a token sum up to
+    moe_bias_rate: NotNegative = 1e-3               # a step of the router's bias, against the load
+    moe_aux_loss: NotNegative = 1e-4                # weight of the balance loss of a sequence
 
     def resolve(self):
         """The config with every None that depends on other fields filled in; checks that the sizes fit."""
         if not self.vocab_size:
             raise UserError("vocab_size=None must be a number to build a model; set it")
-        for name in ("n_layer", "n_embd", "n_head", "block_size", "n_kv_head", "head_dim", "n_ffn"):
+        for name in ("n_layer", "n_embd", "n_head", "block_size", "n_kv_head", "head_dim", "n_ffn",
+                     "mamba_n_head", "mamba_head_dim", "mamba_n_group", "mamba_n_state", "mamba_conv",
+                     "mamba_chunk", "moe_n_expert", "moe_n_active", "moe_n_ffn_shared"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.head_dim is None and self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}; or set "
                              "head_dim")
+        n_ffn = self.n_ffn or 4 * self.n_embd
         c = replace(self,
                     pattern=self.pattern or "*-" * self.n_layer,
                     n_kv_head=self.n_kv_head or self.n_head,
                     head_dim=self.head_dim or self.n_embd // self.n_head,
-                    n_ffn=self.n_ffn or 4 * self.n_embd,
+                    n_ffn=n_ffn,
+                    moe_n_ffn_shared=self.moe_n_ffn_shared or 2 * n_ffn,
+                    mamba_n_head=self.mamba_n_head or max(1, 2 * self.n_embd // self.mamba_head_dim),
                     init_std=self.init_std or (0.02 if self.arch == "gpt" else self.n_embd**-0.5))
         if c.init_std <= 0 or c.rope_base < 0:
             raise UserError(f"init_std={c.init_std} must be > 0 and rope_base={c.rope_base} >= 0")
@@ -79,6 +104,14 @@ class ModelConfig:
             raise UserError(f"s_z_init={c.s_z_init} and alpha_init={c.alpha_init} must be positive numbers")
         if c.n_head % c.n_kv_head:
             raise UserError(f"n_head={c.n_head} must be a multiple of n_kv_head={c.n_kv_head}")
+        if "M" in c.pattern and c.mamba_n_head % c.mamba_n_group:
+            raise UserError(f"mamba_n_head={c.mamba_n_head} must be a multiple of "
+                            f"mamba_n_group={c.mamba_n_group}")
+        if c.moe_n_active > c.moe_n_expert:
+            raise UserError(f"moe_n_active={c.moe_n_active} must be moe_n_expert={c.moe_n_expert} at most")
+        for name in ("moe_scale", "moe_bias_rate", "moe_aux_loss"):
+            if not 0 <= getattr(c, name) < math.inf:
+                raise UserError(f"{name}={getattr(c, name)} must be a number >= 0")
         if c.head_dim % 2 and c.rope_base:
             raise UserError(f"head_dim={c.head_dim} must be even for rotary positions; or set rope_base=0")
         return c
@@ -91,10 +124,10 @@ def unit(x):
     return F.normalize(x.float(), dim=-1, eps=1e-6).to(x.dtype)
 
 
-def rope_tables(T, D, base, device):
-    """cos and sin of position * base^(-2i/D): each (T, D/2) fp32."""
+def rope_tables(start, T, D, base, device):
+    """cos and sin of position * base^(-2i/D), for T positions from start on: each (T, D/2) fp32."""
     frequency = base ** (-torch.arange(0, D, 2, device=device).float() / D)
-    angle = torch.arange(T, device=device).float()[:, None] * frequency
+    angle = torch.arange(start, start + T, device=device).float()[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
@@ -123,7 +156,12 @@ class Scale(nn.Module):
 # ---------------------------------------------------------------- GPT
 
 class Mixer(nn.Module):
-    """What a mixer tells of itself. Where its weights are linear layers, reads() and writes() are enough."""
+    """What a mixer tells of itself. Where its weights are linear layers, reads() and writes() are enough.
+
+    forward x (B, T, C), what enters; state, for decoding: a dict of the mixer's own, empty before the first
+    token, where it leaves what it must know of the tokens so far; None: x is all there is -> (B, T, C)
+    """
+    aux = None                                      # a loss of its own, of the last forward: () or none
 
     def reads(self):
         """[(weight, its axis along the residual stream), ...] of what reads from the stream."""
@@ -149,9 +187,18 @@ class Mixer(nn.Module):
         for weight, _ in self.writes():
             nn.init.normal_(weight, std=std)
 
+    def idle(self):
+        """How many numbers of its matrices take no part in the GEMMs of a token."""
+        return 0
+
     def flops(self, T):
         """FLOPs of forward and backward for one of T tokens."""
-        return 6 * sum(weight.numel() for weight in self.matrices())
+        return 6 * (sum(weight.numel() for weight in self.matrices()) - self.idle())
+
+    def after_step(self, total):
+        """Called after every optimizer step; total(x) adds x up over the ranks. Returns {name: number} for
+        the log."""
+        return {}
 
 
 class Attention(Mixer):
@@ -159,36 +206,47 @@ class Attention(Mixer):
 
     def __init__(self, c):
         super().__init__()
-        self.H, self.G, self.D, self.rope_base = c.n_head, c.n_kv_head, c.head_dim, c.rope_base
+        self.H, self.G, self.D = c.n_head, c.n_kv_head, c.head_dim
+        self.rope_base, self.block_size = c.rope_base, c.block_size
         self.qkv = nn.Linear(c.n_embd, (self.H + 2 * self.G) * self.D, bias=False)
         self.out = nn.Linear(self.H * self.D, c.n_embd, bias=False)
 
     def reads(self):
-        return [(self.qkv.weight, 1)]
+        return [(self.qkv.weight, -1)]
 
     def writes(self):
-        return [(self.out.weight, 0)]
+        return [(self.out.weight, -2)]
 
     def flops(self, T):
         """Scores and mixing too, their masked half included, as is the custom (2204.02311 appendix B)."""
         return super().flops(T) + 12 * self.H * self.D * T
 
-    def heads(self, x):
+    def heads(self, x, state):
         """x (B, T, C) -> q (B, H, T, D), k and v (B, G, T, D), positions in q and k."""
         B, T, _ = x.size()
         q, k, v = self.qkv(x).view(B, T, -1, self.D).transpose(1, 2).split([self.H, self.G, self.G], 1)
         if self.rope_base:
-            cos, sin = rope_tables(T, self.D, self.rope_base, x.device)
+            before = state.get("tokens", 0) if state is not None else 0
+            cos, sin = rope_tables(before, T, self.D, self.rope_base, x.device)
             q, k = rope(q, cos, sin), rope(k, cos, sin)
         return q, k, v
 
-    def mix(self, q, k, v):
-        """softmax(q k^T / sqrt(D)) v, heads side by side: (B, T, H D)."""
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.H != self.G)
+    def mix(self, q, k, v, state):
+        """softmax(q k^T / sqrt(D)) v, heads side by side: (B, T, H D). With a state, over its keys too: the
+        last block_size, whatever their number."""
+        mask = None
+        if state is not None:
+            k, v = (torch.cat([state[name], new], 2) if state else new for name, new in (("k", k), ("v", v)))
+            S, T = k.size(2), q.size(2)             # query i is token S - T + i of those there are
+            age = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
+            mask = (age >= 0) & (age < self.block_size)
+            state.update(k=k[:, :, -self.block_size:], v=v[:, :, -self.block_size:],
+                         tokens=state.get("tokens", 0) + T)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.H != self.G)
         return y.transpose(1, 2).flatten(2)
 
-    def forward(self, x):
-        return self.out(self.mix(*self.heads(x)))
+    def forward(self, x, state=None):
+        return self.out(self.mix(*self.heads(x, state), state))
 
 
 class MLP(Mixer):
@@ -197,17 +255,19 @@ class MLP(Mixer):
     The silu is on v, the second half of fc1's output; in Megatron's checkpoints it is on the first.
     """
 
-    def __init__(self, c):
+    def __init__(self, c, n_expert=None):
+        """n_expert: as many MLPs as one, for tokens that are sorted by expert."""
         super().__init__()
         self.swiglu = c.activation == "swiglu"
-        self.fc1 = nn.Linear(c.n_embd, c.n_ffn * (2 if self.swiglu else 1), bias=False)
-        self.fc2 = nn.Linear(c.n_ffn, c.n_embd, bias=False)
+        linear = nn.Linear if n_expert is None else functools.partial(ExpertLinear, n_expert)
+        self.fc1 = linear(c.n_embd, c.n_ffn * (2 if self.swiglu else 1), bias=False)
+        self.fc2 = linear(c.n_ffn, c.n_embd, bias=False)
 
     def reads(self):
-        return [(self.fc1.weight, 1)]
+        return [(self.fc1.weight, -1)]
 
     def writes(self):
-        return [(self.fc2.weight, 0)]
+        return [(self.fc2.weight, -2)]
 
     def activate(self, hidden):
         """(B, T, F or 2F) -> (B, T, F)."""
@@ -216,8 +276,301 @@ class MLP(Mixer):
             return u * F.silu(v)
         return F.relu(hidden).square()
 
-    def forward(self, x):
-        return self.fc2(self.activate(self.fc1(x)))
+    def forward(self, x, state=None, *groups):
+        return self.fc2(self.activate(self.fc1(x, *groups)), *groups)
+
+
+# ---------------------------------------------------------------- Mamba-2
+
+def ssm(x, dt, A, B, C, h=None):
+    """The state space model of Mamba-2, one token at a time: its definition.
+
+        h <- exp(dt_t A) h + dt_t x_t B_t^T        a head's state (P, N), a sum of the past that fades
+        y_t = h C_t
+
+    x (B, T, H, P)      inputs; dt (B, T, H) > 0 and A (H,) < 0 say how fast the past fades
+    B, C (B, T, G, N)   how a token is written and read; H / G heads share them
+    h (B, H, P, N)      the state before the first token; None: zeros
+    returns             y (B, T, H, P) and the last h
+    source              2405.21060 section 2
+    """
+    B, C = (t.repeat_interleave(x.size(2) // t.size(2), 2) for t in (B, C))     # (B, T, H, N)
+    h = x.new_zeros(*x.shape[:1], *x.shape[2:], B.size(-1)) if h is None else h
+    y = []
+    for t in range(x.size(1)):
+        decay, update = (dt[:, t] * A).exp(), dt[:, t, :, None] * x[:, t]
+        h = decay[:, :, None, None] * h + update[..., None] * B[:, t, :, None]
+        y.append((h @ C[:, t, :, :, None]).squeeze(-1))
+    return torch.stack(y, 1), h
+
+
+def fading(a):
+    """exp(a_(j+1) + ... + a_i) for j <= i, what is left at i of what came in at j, and 0 for j > i:
+    (..., L) -> (..., L, L). Summed in fp64: the difference of two large sums is all that is left of them."""
+    total = a.double().cumsum(-1)
+    difference = (total[..., :, None] - total[..., None, :]).to(a.dtype)
+    return difference.masked_fill(torch.ones_like(difference, dtype=torch.bool).triu(1), -math.inf).exp()
+
+
+def ssm_chunked(x, dt, A, B, C, h=None, L=128):
+    """The same by matrix products: ssm() unrolled within chunks of L tokens, and from chunk to chunk.
+
+    Within a chunk y_i = sum_(j<=i) (C_i . B_j) fade_ij dt_j x_j, like attention without a softmax. What a
+    chunk adds to the state is one product, too; and states fade from chunk to chunk as inputs do from token
+    to token. Subscripts: b batch, c chunk, i j tokens of a chunk, g group, r head of a group, p n the state.
+    source: 2405.21060 section 6
+    """
+    (b, T, H, P), (G, N) = x.shape, B.shape[2:]
+    L = min(L, T)
+    padding = -T % L                                # filled up with dt = 0, which changes no state
+    x, dt, B, C = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, padding)) for t in (x, dt, B, C))
+    a = (dt * A).view(b, -1, L, G, H // G).permute(0, 1, 3, 4, 2)               # b c g r i
+    x = (x * dt[..., None]).view(b, -1, L, G, H // G, P)                        # b c i g r p
+    B, C = (t.view(b, -1, L, G, N) for t in (B, C))                             # b c i g n
+    fade = fading(a)                                                            # b c g r i j
+    within = torch.einsum("bcign,bcjgn->bcgij", C, B)[:, :, :, None] * fade
+    y = torch.einsum("bcgrij,bcjgrp->bcigrp", within, x)
+
+    to_end = fade[..., -1, :].permute(0, 1, 4, 2, 3)[..., None]                 # b c j g r 1
+    added = torch.einsum("bcjgn,bcjgrp->bcgrpn", B, x * to_end)
+    first = added.new_zeros(b, H, P, N) if h is None else h
+    states = torch.cat([first.view(b, 1, G, H // G, P, N), added], 1)           # what each chunk adds
+    whole = F.pad(a.sum(-1).permute(0, 2, 3, 1), (1, 0))                        # b g r c
+    states = torch.einsum("bgrcd,bdgrpn->bcgrpn", fading(whole), states)        # what there is before each
+    since = a.cumsum(-1).exp().permute(0, 1, 4, 2, 3)[..., None]                # b c i g r 1
+    y = y + since * torch.einsum("bcign,bcgrpn->bcigrp", C, states[:, :-1])
+    return y.reshape(b, -1, H, P)[:, :T], states[:, -1].reshape(b, H, P, N)
+
+
+class Mamba(Mixer):
+    """Mamba-2: a linear layer makes gate z, input x, B, C and time steps dt of each token; x, B and C pass a
+    short causal convolution; heads with a state each; D x beside it; a gated norm; a linear layer.
+
+    State and decays are fp32, and so are the products with them. source: 2405.21060 section 7
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.H, self.P, self.G, self.N = c.mamba_n_head, c.mamba_head_dim, c.mamba_n_group, c.mamba_n_state
+        self.L, inner = c.mamba_chunk, self.H * self.P
+        self.parts = inner, self.G * self.N, self.G * self.N                    # x, B, C
+        self.in_proj = nn.Linear(c.n_embd, inner + sum(self.parts) + self.H, bias=False)
+        self.conv = nn.Parameter(torch.empty(c.mamba_conv, sum(self.parts)))  # its last row: the token itself
+        self.conv_bias = nn.Parameter(torch.empty(sum(self.parts)))
+        self.A_log = nn.Parameter(torch.empty(self.H))
+        self.dt_bias = nn.Parameter(torch.empty(self.H))
+        self.D = nn.Parameter(torch.ones(self.H))
+        self.norm = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, c.n_embd, bias=False)
+
+    def reads(self):
+        return [(self.in_proj.weight, -1)]
+
+    def writes(self):
+        return [(self.out_proj.weight, -2)]
+
+    @torch.no_grad()
+    def init_(self, std):
+        """Decays of 1 to 16 a unit of time, steps of 0.001 to 0.1 units: memories of ten to a thousand tokens
+        and more. source: 2405.21060's code"""
+        super().init_(std)
+        bound = len(self.conv)**-0.5
+        self.conv.uniform_(-bound, bound)
+        self.conv_bias.uniform_(-bound, bound)
+        self.A_log.uniform_(1, 16).log_()
+        dt = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp().clamp(min=1e-4)
+        self.dt_bias.copy_(dt + (-(-dt).expm1()).log())                         # softplus(dt_bias) = dt
+
+    def flops(self, T):
+        """The scan too, as ssm_chunked() computes it."""
+        L = min(self.L, T)
+        products = L * (self.G * self.N + self.H * self.P) + 2 * self.H * self.P * self.N
+        return super().flops(T) + 6 * products
+
+    def convolve(self, x, state):
+        """A causal convolution of each channel: (B, T, channels) -> the same, fp32."""
+        W, T = len(self.conv), x.size(1)
+        x = F.pad(x, (0, 0, W - 1, 0)) if not state else torch.cat([state["window"], x], 1)
+        if state is not None:
+            state["window"] = x[:, T:]
+        return self.conv_bias + sum(self.conv[i] * x[:, i:i + T] for i in range(W))
+
+    def mix(self, x, state):
+        """x (B, T, C) -> what out_proj reads, (B, T, H P)."""
+        b, T, _ = x.shape
+        z, xBC, dt = self.in_proj(x).split([self.parts[0], sum(self.parts), self.H], -1)
+        with torch.autocast(x.device.type, enabled=False):
+            x, B, C = F.silu(self.convolve(xBC, state).float()).split(self.parts, -1)
+            x, (B, C) = x.view(b, T, self.H, self.P), (t.view(b, T, self.G, self.N) for t in (B, C))
+            dt = F.softplus(dt.float() + self.dt_bias)
+            A, h = -self.A_log.float().exp(), state.get("h") if state else None
+            y, h = ssm_chunked(x, dt, A, B, C, h, self.L)
+            if state is not None:
+                state["h"] = h
+            y = (y + self.D[:, None] * x).flatten(2) * F.silu(z.float())
+            y = F.rms_norm(y.unflatten(-1, (self.G, -1)), (y.size(-1) // self.G,), eps=1e-5).flatten(2)
+            return (y * self.norm).to(z.dtype)
+
+    def forward(self, x, state=None):
+        return self.out_proj(self.mix(x, state))
+
+
+# ---------------------------------------------------------------- mixture of experts
+
+@torch.library.custom_op("model::grouped_mm", mutates_args=())
+def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """A product for each of E experts, expert e's tokens being ends[e - 1] to ends[e], of ends (E,) int32.
+
+    a (M, K), b (E, N, K)   tokens are rows of a, each multiplied by its expert's b^T -> (M, N)
+    a (N, M), b (K, M)      tokens are summed: a product of columns, expert by expert -> (E, N, K)
+    """
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        y = F.grouped_mm(a, b.mT, offs=ends)
+        if b.dim() == 2:                            # what torch leaves of a sum over no tokens is not said
+            y = torch.where(ends.diff(prepend=ends.new_zeros(1))[:, None, None] > 0, y, 0)
+        return y
+    groups = list(itertools.pairwise([0, *ends.tolist()]))
+    if b.dim() == 2:
+        return torch.stack([a[:, i:j] @ b[:, i:j].t() for i, j in groups])
+    return torch.cat([a[i:j] @ w.t() for w, (i, j) in zip(b, groups, strict=True)])
+
+
+@grouped_mm.register_fake
+def _(a, b, ends):
+    return a.new_empty((len(a), b.size(1)) if b.dim() == 3 else (len(ends), len(a), len(b)))
+
+
+def keep_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def grouped_mm_backward(ctx, dy):
+    a, b, ends = ctx.saved_tensors
+    return grouped_mm(dy, b.mT, ends), grouped_mm(dy.t(), a.t(), ends), None
+
+
+grouped_mm.register_autograd(grouped_mm_backward, setup_context=keep_for_backward)
+
+
+class ExpertLinear(nn.Linear):
+    """A linear layer for each of n_expert experts: weight (E, N, K). The rows of x (M, K) are sorted by
+    expert; ends (E,) int32 says where each one's end, the last at M."""
+
+    def __init__(self, n_expert, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.weight = nn.Parameter(self.weight.new_empty(n_expert, *self.weight.shape))
+
+    def forward(self, x, ends):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return grouped_mm(x, self.weight.to(x.dtype), ends)
+
+
+def take(x, index):
+    """Rows of x (n, C) at index (...), zeros where index is n."""
+    return torch.where((index < len(x))[..., None], x[index.clamp(max=len(x) - 1)], 0)
+
+
+class Reorder(torch.autograd.Function):
+    """take(x, index (m,)), where row i of x goes to rows back[i] of the result: back (n, k), m for no row.
+    With that the backward is a gather as well, and adds up in one order on any device."""
+
+    @staticmethod
+    def forward(ctx, x, index, back):
+        ctx.save_for_backward(back)
+        return take(x, index)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return take(dy, *ctx.saved_tensors).sum(1), None, None
+
+
+class MoE(Mixer):
+    """A mixture of experts: each token's K of E experts, MLPs, weighted by a router, and an expert for all.
+
+        s = sigmoid(W x)                            in fp32
+        chosen = the K largest of s + bias
+        y = shared(x) + sum_chosen scale s_e / (sum_chosen s) expert_e(x)
+
+    No token is dropped: tokens are sorted by expert, and all experts are one grouped GEMM. Each group begins
+    at a multiple of 32, filled up with zeros, so that no block of a 4-bit format holds two experts. bias
+    moves against the load after each step, by its sign alone; a loss on each sequence, E sum_e (share of
+    choices) (mean share of s), which the gradient sees but the reported loss does not, keeps s balanced.
+    source: 2512.20848
+    """
+    mlp = MLP
+    multiple = 32
+
+    def __init__(self, c):
+        super().__init__()
+        self.E, self.K, self.scale = c.moe_n_expert, c.moe_n_active, c.moe_scale
+        self.bias_rate, self.aux_loss = c.moe_bias_rate, c.moe_aux_loss
+        self.router = nn.Linear(c.n_embd, self.E, bias=False)
+        self.experts = self.mlp(c, self.E)
+        self.shared = self.mlp(replace(c, n_ffn=c.moe_n_ffn_shared))
+        self.register_buffer("bias", torch.zeros(self.E))
+        self.register_buffer("load", torch.zeros(self.E), persistent=False)     # choices since the last step
+
+    def reads(self):
+        return self.experts.reads() + self.shared.reads()
+
+    def writes(self):
+        return self.experts.writes() + self.shared.writes()
+
+    def idle(self):
+        return sum(w.numel() for w in self.experts.matrices()) * (self.E - self.K) // self.E
+
+    def route(self, x):
+        """x (B, T, C) -> the experts of each token and their weights, (B T, K) each."""
+        with torch.autocast(x.device.type, enabled=False):
+            s = F.linear(x.float(), self.router.weight.float()).sigmoid()       # (B, T, E)
+        chosen = (s + self.bias).topk(self.K).indices
+        weights = s.gather(-1, chosen)
+        weights = self.scale * weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        self.aux = None
+        if self.training:
+            count = F.one_hot(chosen, self.E).sum(2).float()                    # (B, T, E)
+            self.load += count.sum((0, 1))
+            share = s / (s.sum(-1, keepdim=True) + 1e-20)
+            aux = self.aux_loss * self.E * (count.mean(1) / self.K * share.mean(1)).sum(-1).mean()
+            self.aux = aux - aux.detach()
+        return chosen.flatten(0, 1), weights.flatten(0, 1)
+
+    def sort(self, chosen):
+        """chosen (n, K), the experts of each token -> the row of each choice among the sorted ones, (n, K);
+        the choice that each row serves, n K for none; and where the rows of each expert end, (E,) int32. How
+        many rows there are depends on n alone."""
+        slots = chosen.flatten()
+        count = F.one_hot(slots, self.E).sum(0)
+        room = (count + self.multiple - 1) // self.multiple * self.multiple
+        order = slots.argsort(stable=True)
+        expert = slots[order]
+        place = torch.arange(len(slots), device=slots.device) - (count.cumsum(0) - count)[expert]
+        rows = (room.cumsum(0) - room)[expert] + place
+        most = len(slots) + (self.multiple - 1) * min(self.E, len(slots))
+        n_rows = most // self.multiple * self.multiple
+        row_of = torch.empty_like(slots).scatter(0, order, rows)
+        choice_of = torch.full((n_rows,), len(slots), device=slots.device).scatter(0, rows, order)
+        ends = room.cumsum(0).to(torch.int32)
+        ends[-1] = n_rows                           # the zeros at the end are the last expert's
+        return row_of.view_as(chosen), choice_of, ends
+
+    @torch.no_grad()
+    def after_step(self, total):
+        load = total(self.load)                     # load_max: of the busiest expert, 1 being its fair share
+        self.bias += self.bias_rate * (load.mean() - load).sign()
+        found = {"load_max": float(load.max() / load.mean()), "bias_max": float(self.bias.abs().max())}
+        self.load.zero_()
+        return found
+
+    def forward(self, x, state=None):
+        chosen, weights = self.route(x)
+        row_of, choice_of, ends = self.sort(chosen)
+        tokens = Reorder.apply(x.flatten(0, 1), choice_of // self.K, row_of)
+        y = self.experts(tokens, None, ends)
+        y = Reorder.apply(y, row_of.flatten(), choice_of[:, None]).view(*chosen.shape, -1)
+        y = (y * weights[:, :, None]).sum(1)        # (B T, C)
+        return self.shared(x) + y.view_as(x)
 
 
 class PreNormBlock(nn.Module):
@@ -228,16 +581,17 @@ class PreNormBlock(nn.Module):
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-5)
         self.mixer = mixer
 
-    def forward(self, h):
-        return h + self.mixer(self.norm(h))
+    def forward(self, h, state=None):
+        return h + self.mixer(self.norm(h), state)
 
 
 class GPT(nn.Module):
     """The standard transformer: pre-norm residual blocks, RMSNorm, untied embedding and head, no biases.
 
-    forward idx (B, T) int64 -> logits (B, T, V) or, with targets (B, T), the mean cross-entropy in nats, ()
+    forward idx (B, T) int64 -> logits (B, T, V) or, with targets (B, T), the mean cross-entropy in nats, ();
+    state, for decoding: a list of dicts, one for each block, empty before the first token
     """
-    mixers = {"*": Attention, "-": MLP}
+    mixers = {"*": Attention, "-": MLP, "M": Mamba, "E": MoE}
     block = PreNormBlock
 
     def __init__(self, config):
@@ -271,16 +625,31 @@ class GPT(nn.Module):
     def loss(self, h, targets):
         return F.cross_entropy(self.logits(h).float().flatten(0, 1), targets.flatten())
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, state=None):
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens must fit block_size={self.config.block_size}; crop them")
         h = self.embed(idx)                         # (B, T, C)
+        for i, block in enumerate(self.blocks):
+            h = block(h) if state is None else block(h, state[i])
+        if targets is None:
+            return self.logits(h)
+        loss = self.loss(h, targets)
         for block in self.blocks:
-            h = block(h)
-        return self.logits(h) if targets is None else self.loss(h, targets)
+            if block.mixer.aux is not None:
+                loss, block.mixer.aux = loss + block.mixer.aux, None
+        return loss
 
     def normalize_(self):
         """Called after every optimizer step: a standard transformer has nothing to normalize."""
+
+    def after_step(self, total=lambda x: x):
+        """Called after every optimizer step: what mixers do then, and {name: number} for the log, the largest
+        of all mixers. total(x) adds x up over the ranks."""
+        found = {}
+        for block in self.blocks:
+            for name, value in block.mixer.after_step(total).items():
+                found[name] = max(value, found.get(name, value))
+        return found
 
 
 # ---------------------------------------------------------------- nGPT
@@ -297,34 +666,51 @@ class NormalizedAttention(Attention):
         self.normalize_inputs = c.normalize_inputs
         self.s_qk = Scale(self.H * self.D, init=1.0, stored=c.init_std)
 
-    def forward(self, x):
-        q, k, v = self.heads(x)
+    def forward(self, x, state=None):
+        q, k, v = self.heads(x, state)
         s = self.s_qk().view(self.H, 1, self.D)
-        y = self.mix((unit(q) * (s * s * self.D)).to(q.dtype), unit(k), v)
+        y = self.mix((unit(q) * (s * s * self.D)).to(q.dtype), unit(k), v, state)
         return self.out(unit(y) if self.normalize_inputs else y)
 
 
 class NormalizedMLP(MLP):
     """The hidden is rescaled by s_u sqrt(C), since a product of unit vectors is about 1/sqrt(C), and made a
     unit vector before fc2. In SwiGLU u gets s_u and v, inside the silu, s_v sqrt(C). source: 2605.06067
-    appendix A
+    appendix A. All experts of a mixture share their s_u.
     """
 
-    def __init__(self, c):
-        super().__init__(c)
+    def __init__(self, c, n_expert=None):
+        super().__init__(c, n_expert)
         self.normalize_inputs = c.normalize_inputs
         self.s_u = Scale(c.n_ffn, init=1.0, stored=1.0)
         self.s_v = Scale(c.n_ffn, init=1.0, stored=1.0) if self.swiglu else None
         self.root = math.sqrt(c.n_embd)
 
-    def forward(self, x):
-        hidden = self.fc1(x)
+    def forward(self, x, state=None, *groups):
+        hidden = self.fc1(x, *groups)
         if self.swiglu:
             scale = torch.cat([self.s_u(), self.s_v() * self.root])
         else:
             scale = self.s_u() * self.root
         hidden = self.activate((hidden * scale).to(hidden.dtype))
-        return self.fc2(unit(hidden) if self.normalize_inputs else hidden)
+        return self.fc2(unit(hidden) if self.normalize_inputs else hidden, *groups)
+
+
+class NormalizedMamba(Mamba):
+    """Mamba-2 with a unit vector into out_proj; the gated norm, whose groups have one scale each, stays."""
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.normalize_inputs = c.normalize_inputs
+
+    def forward(self, x, state=None):
+        y = self.mix(x, state)
+        return self.out_proj(unit(y) if self.normalize_inputs else y)
+
+
+class NormalizedMoE(MoE):
+    """Experts and the shared expert are normalized MLPs; the router, which is no place for 4 bits, is not."""
+    mlp = NormalizedMLP
 
 
 def hypersphere_step(h, f, a):
@@ -351,15 +737,15 @@ class HypersphereBlock(nn.Module):
         self.mixer = mixer
         self.alpha = Scale(c.n_embd, init=c.alpha_init, stored=c.init_std)
 
-    def forward(self, h):
-        return hypersphere_step(h, self.mixer(h), self.alpha())
+    def forward(self, h, state=None):
+        return hypersphere_step(h, self.mixer(h, state), self.alpha())
 
 
 class NGPT(GPT):
     """The normalized transformer: every vector that enters a linear layer, and every weight row or column
     along the residual stream, has norm 1. There is no RMSNorm; normalize_() follows every optimizer step.
     """
-    mixers = {"*": NormalizedAttention, "-": NormalizedMLP}
+    mixers = {"*": NormalizedAttention, "-": NormalizedMLP, "M": NormalizedMamba, "E": NormalizedMoE}
     block = HypersphereBlock
 
     def __init__(self, config):
@@ -400,9 +786,9 @@ def outline(config):
 # ---------------------------------------------------------------- counting
 
 def count_parameters(model):
-    """(all, all but the embedding): the second takes part in a GEMM for every token."""
+    """(all, all but the embedding and idle experts): the second takes part in a GEMM for every token."""
     total = sum(p.numel() for p in model.parameters())
-    return total, total - model.embed.weight.numel()
+    return total, total - model.embed.weight.numel() - sum(block.mixer.idle() for block in model.blocks)
 
 
 def flops_per_token(model):
@@ -415,10 +801,11 @@ def describe(config):
     """The model in text, from the meta device: nothing is allocated, so any size will do."""
     model = outline(config)
     c, (total, active) = model.config, count_parameters(model)
+    idle = " and experts that a token does not meet" if "E" in c.pattern else ""
     pattern = c.pattern if len(c.pattern) <= 60 else c.pattern[:57] + "..."
     lines = [f"{c.arch}  {pattern}  C={c.n_embd} H={c.n_head} G={c.n_kv_head} D={c.head_dim} F={c.n_ffn} "
              f"V={c.vocab_size} T={c.block_size}",
-             f"parameters     {total:,} ({active:,} without the embedding)",
+             f"parameters     {total:,} ({active:,} without the embedding{idle})",
              f"FLOPs/token    {flops_per_token(model):.3g} (forward + backward)",
              f"training state {16 * total / 2**30:.2f} GiB (fp32 weights, gradients, two Adam moments)", "",
              f"{'linear layer':28s} {'out':>8s} {'in':>8s} {'weights':>14s}"]
@@ -435,9 +822,15 @@ def describe(config):
 @torch.no_grad()
 def generate(model, idx, n_tokens, temperature=0.8, top_k=50, n_vocab=None, generator=None):
     """Append n_tokens to idx (B, T) int64, each drawn from the top_k likeliest (0: from all) of the first
-    n_vocab; temperature 0 takes the likeliest. Context beyond block_size is dropped from the left."""
+    n_vocab; temperature 0 takes the likeliest.
+
+    The prompt, of which block_size tokens are read at most, leaves a state, and each token after it costs one
+    token. Beyond block_size attention sees that many tokens, the last; their keys know of older ones, and
+    their positions go on counting. Mamba's state forgets none.
+    """
+    state, new = [{} for _ in model.blocks], idx[:, -model.config.block_size:]
     for _ in range(n_tokens):
-        logits = model(idx[:, -model.config.block_size:])[:, -1, :n_vocab].float()  # (B, V)
+        logits = model(new, state=state)[:, -1, :n_vocab].float()               # (B, V)
         if temperature == 0:
             token = logits.argmax(-1, keepdim=True)
         else:
@@ -445,7 +838,7 @@ def generate(model, idx, n_tokens, temperature=0.8, top_k=50, n_vocab=None, gene
                 smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < smallest, -math.inf)
             token = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
-        idx = torch.cat([idx, token], 1)
+        idx, new = torch.cat([idx, token], 1), token
     return idx
 
 

@@ -74,6 +74,7 @@ output channels. Sources: arXiv 2509.25149 (the format and NVIDIA's recipe), 260
 import contextlib
 import fnmatch
 import functools
+import itertools
 import json
 import math
 import re
@@ -485,15 +486,30 @@ def quantize_both(x, rows=None, columns=None):
                 x_t if columns is None else quantize(x_t, **columns))
 
 
-def matmul(a, b, dtype=torch.float32):
+def matmul(a, b, dtype=torch.float32, ends=None):
     """a (M, K) @ b (N, K)^T -> (M, N) in dtype; both quantized, or both in high precision.
 
+    ends    (E,) int32: a product for each of E experts, see grouped()
     error   the order of fp32 accumulation only: 1e-5 relative to float64, test_matmul_is_exact_products
     """
     if torch.is_tensor(a):
-        return F.linear(a, b.to(a.dtype)).to(dtype)                             # w may be an fp32 master
-    y = a.decode(torch.float32) @ b.decode(torch.float32).t()                   # part 2 has faster ways
+        return grouped(F.linear, a, b.to(a.dtype), ends).to(dtype)              # w may be an fp32 master
+    y = grouped(F.linear, a.decode(torch.float32), b.decode(torch.float32), ends)   # part 2 has faster ways
     return (y * (a.s_dec * b.s_dec)).to(dtype)
+
+
+def grouped(product, a, b, ends):
+    """product(a, b), or one for each of E experts, whose tokens are sorted: those of expert e end at ends[e].
+
+    a (M, K), b (E, N, K)   tokens are rows of a, and meet their expert's b: (M, N)
+    a (N, M), b (K, M)      tokens are summed, expert by expert: (E, N, K)
+    """
+    if ends is None:
+        return product(a, b)
+    spans = list(itertools.pairwise([0, *ends.tolist()]))
+    if b.dim() == 3:
+        return torch.cat([product(a[i:j], b_e) for b_e, (i, j) in zip(b, spans, strict=True)])
+    return torch.stack([product(a[:, i:j], b[:, i:j]) for i, j in spans])
 
 
 # ---------------------------------------------------------------- recipes
@@ -535,7 +551,7 @@ class FP4Config:
             raise ValueError(f"fp4_head_blocks={self.head_blocks} must be >= 0")
         FORMATS[self.format].target(self.unbiased)
 
-    def operand(self, name, keys, signs=None, result=None):
+    def operand(self, name, keys, signs=None, result=None, experts=False):
         """What the recipe gives one of OPERANDS: keyword arguments of quantize(), or None where that GEMM
         stays in high precision.
 
@@ -543,6 +559,7 @@ class FP4Config:
         signs   (16,) of the rotation, where they are at hand
         result  dtype of the GEMM's result: a chip without FP4 units wants its operands Decoded; None: packed
                 on any chip, as what is kept for the backward
+        experts whether it is a grouped GEMM, which no chip does on packed operands yet
         """
         gemm_name, matrix = name.split(".")
         if gemm_name not in self.gemms:
@@ -552,11 +569,12 @@ class FP4Config:
             signs = None
         elif signs is None or self.signs == "fresh":
             signs = rotation_signs(self.signs, gemm_name, keys)
+        decode = None if result is None else decoded_dtype(keys.device, self.format, result, experts)
         return {"format": self.format, "square": matrix == "w" and self.square_weights,
                 "stochastic": stochastic, "seed": keys[OPERANDS.index(name)],
                 "amax": {"x": self.input_amax, "w": self.weight_amax, "dy": self.grad_amax}[matrix],
                 "unbiased": stochastic and self.unbiased, "signs": signs,
-                "decode": None if result is None else decoded_dtype(keys.device, self.format, result)}
+                "decode": decode}
 
 
 def rotation_signs(signs, gemm_name, keys):
@@ -604,33 +622,35 @@ def describe_operand(cfg, name):
 
 # ---------------------------------------------------------------- the three GEMMs of a linear layer
 # x (M, K) of M tokens, w (N, K) and dy (M, N) come as Both: quantized along rows and along columns.
+# In a layer of E experts the tokens are sorted by expert, and each one's begin at a multiple of the block: so
+# all are quantized as one matrix, and w as (E N, K), and only the products are made expert by expert.
 
-def fprop(x, w, dtype):
+def fprop(x, w, dtype, ends=None):
     """y = x w^T (M, N): sums over K, the input channels.
 
     x.rows      (M, K)   fprop.x    nearest; nGPT: amax = 1
     w.rows      (N, K)   fprop.w    nearest, square blocks; nGPT: amax = 1
     """
-    return matmul(x.rows, w.rows, dtype)
+    return matmul(x.rows, w.rows, dtype, ends)
 
 
-def dgrad(dy, w, dtype):
+def dgrad(dy, w, dtype, ends=None):
     """dx = dy w (M, K): sums over N, the output channels.
 
     dy.rows     (M, N)   dgrad.dy   stochastic, for the error of a gradient must average out
     w.columns   (K, N)   dgrad.w    the same square blocks turned over: backward and forward see one weight
     """
-    return matmul(dy.rows, w.columns, dtype)
+    return matmul(dy.rows, w.columns, dtype, ends)
 
 
-def wgrad(dy, x, dtype):
+def wgrad(dy, x, dtype, ends=None):
     """dw = dy^T x (N, K): sums over M, the tokens. In the fp32 of the master weight, because micro-batches
     and ranks are summed.
 
     dy.columns  (N, M)   wgrad.dy   stochastic; NVIDIA: rotated
     x.columns   (K, M)   wgrad.x    nearest; NVIDIA: rotated by the same signs; nGPT: amax = 1
     """
-    return matmul(dy.columns, x.columns, dtype)
+    return matmul(dy.columns, x.columns, dtype, ends)
 
 
 class FP4Function(torch.autograd.Function):
@@ -638,26 +658,26 @@ class FP4Function(torch.autograd.Function):
     between is x.columns: 4.5 bits a value where wgrad is in FP4."""
 
     @staticmethod
-    def forward(ctx, x, w, quantized_w, keys, signs, cfg):
+    def forward(ctx, x, w, quantized_w, keys, signs, cfg, ends):
         """y (M, N) of x (M, K) and the master weight w (N, K), with Both of w; the rest as in FP4Linear."""
-        needs_dw = ctx.needs_input_grad[1]
+        needs_dw, experts = ctx.needs_input_grad[1], ends is not None
         for_wgrad = cfg.operand("wgrad.x", keys, signs) if needs_dw else None
-        quantized_x = quantize_both(x, cfg.operand("fprop.x", keys, signs, x.dtype), for_wgrad)
+        quantized_x = quantize_both(x, cfg.operand("fprop.x", keys, signs, x.dtype, experts), for_wgrad)
         ctx.cfg, ctx.w_dtype = cfg, w.dtype
-        save(ctx, keys, signs, quantized_w.columns, *([quantized_x.columns] if needs_dw else []))
-        return fprop(quantized_x, quantized_w, x.dtype)
+        save(ctx, keys, signs, ends, quantized_w.columns, *([quantized_x.columns] if needs_dw else []))
+        return fprop(quantized_x, quantized_w, x.dtype, ends)
 
     @staticmethod
     def backward(ctx, dy):
         """dy (M, N) -> dx (M, K), dw (N, K)"""
-        keys, signs, w_columns, *x_columns = saved(ctx)
-        cfg, (needs_dx, needs_dw, *_) = ctx.cfg, ctx.needs_input_grad
-        for_dgrad = cfg.operand("dgrad.dy", keys, signs, dy.dtype) if needs_dx else None
-        for_wgrad = cfg.operand("wgrad.dy", keys, signs, ctx.w_dtype) if needs_dw else None
+        keys, signs, ends, w_columns, *x_columns = saved(ctx)
+        cfg, experts, (needs_dx, needs_dw, *_) = ctx.cfg, ends is not None, ctx.needs_input_grad
+        for_dgrad = cfg.operand("dgrad.dy", keys, signs, dy.dtype, experts) if needs_dx else None
+        for_wgrad = cfg.operand("wgrad.dy", keys, signs, ctx.w_dtype, experts) if needs_dw else None
         quantized_dy = quantize_both(dy, for_dgrad, for_wgrad)
-        dx = dgrad(quantized_dy, Both(None, w_columns), dy.dtype) if needs_dx else None
-        dw = wgrad(quantized_dy, Both(None, *x_columns), ctx.w_dtype) if needs_dw else None
-        return dx, dw, None, None, None, None
+        dx = dgrad(quantized_dy, Both(None, w_columns), dy.dtype, ends) if needs_dx else None
+        dw = wgrad(quantized_dy, Both(None, *x_columns), ctx.w_dtype, ends) if needs_dw else None
+        return dx, dw, None, None, None, None, None
 
 
 # ---------------------------------------------------------------- the layer
@@ -674,7 +694,8 @@ def layer_keys(seed, step, micro_batch, layer):
 
 
 class FP4Linear(torch.nn.Linear):
-    """nn.Linear whose GEMMs run in a 4-bit format; same parameters and state_dict. convert() makes them.
+    """nn.Linear whose GEMMs run in a 4-bit format; same parameters and state_dict. convert() makes them, also
+    from a subclass for E experts: weight (E, N, K), and forward(x, ends) as grouped() describes it.
 
     The fp32 master weight is quantized when it has changed, once per optimizer step, and serves every
     micro-batch. Changes through weight.data, or by a CUDA graph that is replayed, go unnoticed until set_step
@@ -690,7 +711,7 @@ class FP4Linear(torch.nn.Linear):
     def __init__(self, linear, cfg, index=0):
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias, self.plain_forward = linear.weight, linear.bias, type(linear).forward
         self.cfg, self.index = cfg, index           # index: which linear layer, for the random stream
         # no buffers: DistributedDataParallel would overwrite them with the first rank's
         self.keys = layer_keys(0, 0, 0, index).to(linear.weight.device)
@@ -700,23 +721,36 @@ class FP4Linear(torch.nn.Linear):
 
     def quantize_weight(self):
         """The weight as Both, as the recipe wants fprop.w and dgrad.w."""
-        return quantize_both(self.weight.detach(), *(
-            self.cfg.operand(name, self.keys, self.signs, torch.bfloat16) for name in ("fprop.w", "dgrad.w")))
+        experts = self.weight.dim() == 3
+        both = quantize_both(self.weight.detach().flatten(0, -2), *(
+            self.cfg.operand(name, self.keys, self.signs, torch.bfloat16, experts)
+            for name in ("fprop.w", "dgrad.w")))
+        return by_expert(both, len(self.weight)) if experts else both
 
-    def forward(self, x):
+    def forward(self, x, ends=None):
         if not self.fp4 or x.numel() == 0:
-            return F.linear(x, self.weight, self.bias)
+            return self.plain_forward(self, x, *([] if ends is None else [ends]))
         refresh_unless_hooked(self)                 # quantize_weight() where the weight has changed (part 3)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
             y = FP4Function.apply(x.reshape(-1, self.in_features), self.weight, self.quantized, self.keys,
-                                  self.signs, self.cfg)
+                                  self.signs, self.cfg, ends)
             y = y.view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, {self.cfg.format}, gemms={','.join(self.cfg.gemms)}"
+
+
+def by_expert(w, E):
+    """Both of E experts' weights, (E N, K) and (K, E N), as grouped() takes them: (E, N, K) and (E, K, N)."""
+    def shaped(operand, view):
+        if torch.is_tensor(operand):
+            return view(operand)
+        return operand._replace(values=view(operand.values))
+    return Both(shaped(w.rows, lambda t: t.unflatten(0, (E, -1))),
+                shaped(w.columns, lambda t: t.unflatten(1, (E, -1)).transpose(0, 1)))
 
 
 def fp4_layers(model):
@@ -886,6 +920,14 @@ def gemm_dtype(device, out_dtype):
     """The dtype of gemm()'s operands: bf16, but fp32 on a CPU for an fp32 result or without bf16 units."""
     bf16 = device.type == "cuda" or (cpu_has_bf16() and out_dtype == torch.bfloat16)
     return torch.bfloat16 if bf16 else torch.float32
+
+
+def grouped_gemm(a, b, alpha, dtype, ends):
+    """gemm() of a and b^T, or for each expert, as grouped() says. On GPUs torch has one GEMM for y and dx in
+    bf16, which are rounded once more there, when alpha is applied; all else is a loop."""
+    if ends is not None and b.dim() == 3 and a.is_cuda and dtype == torch.bfloat16:
+        return scale_result(F.grouped_mm(a, b.mT, offs=ends), alpha, dtype)
+    return grouped(lambda a, b: gemm(a, b.t(), alpha, dtype), a, b, ends)
 
 
 def gemm(a, b, alpha, dtype):
@@ -1566,10 +1608,10 @@ def kernels_run(device, format):
 
 
 @torch.compiler.assume_constant_result
-def decoded_dtype(device, format, result):
+def decoded_dtype(device, format, result, experts=False):
     """The dtype in which operands are decoded as they are quantized, for a GEMM with results of dtype result;
-    None: they stay packed, because the device multiplies FP4 itself."""
-    if kernels_run(device, format) and hardware(device).matmul:
+    None: they stay packed, because the device multiplies FP4 itself, though not for experts."""
+    if not experts and kernels_run(device, format) and hardware(device).matmul:
         return None
     return gemm_dtype(device, result)
 
@@ -1742,12 +1784,12 @@ def from_operator(format, square, key, amax, unbiased, signs, decode):
 
 
 def tensors_of(operand):
-    """The tensors of a Quantized, a Decoded or a tensor; from_tensors() is the reverse."""
-    return [operand] if torch.is_tensor(operand) else [t for t in operand if torch.is_tensor(t)]
+    """The tensors of a Quantized, a Decoded, a tensor or None; from_tensors() is the reverse."""
+    return [operand] if torch.is_tensor(operand) else [t for t in operand or () if torch.is_tensor(t)]
 
 
 def from_tensors(tensors):
-    return {1: lambda t: t, 2: Decoded, 3: Quantized}[len(tensors)](*tensors)
+    return {0: lambda: None, 1: lambda t: t, 2: Decoded, 3: Quantized}[len(tensors)](*tensors)
 
 
 def operator(name):
@@ -1801,18 +1843,22 @@ def _(x, *arguments):
 
 
 @operator("matmul")
-def _matmul_op(a: torch.Tensor, a_scales: torch.Tensor | None, a_s_dec: torch.Tensor, a_known: float | None,
-               b: torch.Tensor, b_scales: torch.Tensor | None, b_s_dec: torch.Tensor, b_known: float | None,
-               dtype: torch.dtype) -> torch.Tensor:
-    """matmul() of Quantized or, without scales, Decoded."""
+def _matmul_op(a: torch.Tensor, a_scales: torch.Tensor | None, a_s_dec: torch.Tensor | None,
+               a_known: float | None,
+               b: torch.Tensor, b_scales: torch.Tensor | None, b_s_dec: torch.Tensor | None,
+               b_known: float | None, dtype: torch.dtype, ends: torch.Tensor | None) -> torch.Tensor:
+    """matmul() of Quantized or, without scales, Decoded or, without s_dec, tensors."""
+    if a_s_dec is None:
+        return matmul.definition(a, b, dtype, ends)
     a = Decoded(a, a_s_dec, a_known) if a_scales is None else Quantized(a, a_scales, a_s_dec)
     b = Decoded(b, b_s_dec, b_known) if b_scales is None else Quantized(b, b_scales, b_s_dec)
-    return matmul_here(a, b, dtype)
+    return matmul_here(a, b, dtype, ends)
 
 
 @torch.library.register_fake(_matmul_op)
-def _(a, a_scales, a_s_dec, a_known, b, b_scales, b_s_dec, b_known, dtype):
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
+def _(a, a_scales, a_s_dec, a_known, b, b_scales, b_s_dec, b_known, dtype, ends):
+    by_rows = ends is None or b.dim() == 3
+    return a.new_empty((len(a), b.shape[-2]) if by_rows else (len(ends), len(a), len(b)), dtype=dtype)
 
 
 # ---------------------------------------------------------------- kernels and operators for the lesson
@@ -1894,26 +1940,32 @@ def native_way(a, b):
     return next((WAYS[name] for name in hardware(device).matmul if WAYS[name].takes(a, b)), None)
 
 
-def matmul_here(a, b, dtype):
+def matmul_here(a, b, dtype, ends=None):
     """By FP4 units where there are any, and otherwise decoded."""
-    way = native_way(a, b)
+    way = native_way(a, b) if ends is None else None
     if way is not None:
         return way.matmul(*a, *b, dtype)
     known = [q.s_dec_known if isinstance(q, Decoded) else None for q in (a, b)]
     alpha = a.s_dec * b.s_dec if None in known else known[0] * known[1]
     exact = gemm_dtype(a.s_dec.device, dtype)
-    return gemm(a.decode(exact), b.decode(exact).t(), alpha, dtype)
+    return grouped_gemm(a.decode(exact), b.decode(exact), alpha, dtype, ends)
 
 
-def accelerate_matmul(definition, a, b, dtype=torch.float32):
-    if torch.is_tensor(a):
-        return definition(a, b, dtype)
+def to_matmul_operator(q):
+    """A Quantized, a Decoded or a tensor as four arguments of the operator."""
+    if torch.is_tensor(q):
+        return q, None, None, None
+    return (q.values, None, q.s_dec, q.s_dec_known) if isinstance(q, Decoded) else (*q, None)
+
+
+def accelerate_matmul(definition, a, b, dtype=torch.float32, ends=None):
+    compiling = torch.compiler.is_compiling()
+    if torch.is_tensor(a) and (ends is None or not compiling):
+        return definition(a, b, dtype, ends)
     with torch.no_grad():
-        if not torch.compiler.is_compiling():
-            return matmul_here(a, b, dtype)
-        a, b = ((q.values, None, q.s_dec, q.s_dec_known) if isinstance(q, Decoded) else (*q, None)
-                for q in (a, b))
-        return _matmul_op(*a, *b, dtype)
+        if not compiling:
+            return matmul_here(a, b, dtype, ends)
+        return _matmul_op(*to_matmul_operator(a), *to_matmul_operator(b), dtype, ends)
 
 
 ACCELERATED = {"quantize": accelerate_quantize, "quantize_both": accelerate_quantize_both,

@@ -308,7 +308,7 @@ class Ranks:
         self.replica = model
         if self.world > 1:
             gpus = [self.device] if self.device.type == "cuda" else None
-            self.replica = DistributedDataParallel(model, device_ids=gpus)
+            self.replica = DistributedDataParallel(model, device_ids=gpus, broadcast_buffers=False)
 
     def averaging(self, now):
         """The context of a backward. Where gradients accumulate, the last of a step's averages them all."""
@@ -494,7 +494,7 @@ def refuse_to_overwrite(c, path):
 # ---------------------------------------------------------------- loop
 
 def training_step(run, step):
-    """One optimizer step: (loss, norm of the gradient)."""
+    """One optimizer step: (loss, norm of the gradient, {name: number} of what the model says of itself)."""
     c, ranks, lr = run.c, run.ranks, learning_rate(run.c, step)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -513,7 +513,7 @@ def training_step(run, step):
     loss, norm = float(ranks.mean(total)), update(run.model, run.optimizer, c.grad_clip)
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}")
-    return loss, norm
+    return loss, norm, run.model.after_step(ranks.sum)
 
 
 @torch.no_grad()
@@ -561,9 +561,9 @@ def loop(run, stop):
         if last:
             break
         start = time.perf_counter()
-        loss, norm = training_step(run, step)
+        loss, norm, more = training_step(run, step)
         run.times.append(time.perf_counter() - start)
-        report_step(run, step, loss, norm)
+        report_step(run, step, loss, norm, more)
     if stopped:
         stop.at = step
         run.log(f"{stop.why or 'signal'}: stopped at step {step}; continue with --resume")
@@ -697,12 +697,12 @@ def report_evaluation(run, row):
     run.log.metrics(row)
 
 
-def report_step(run, step, loss, norm):
+def report_step(run, step, loss, norm, more):
     """Every step to metrics.jsonl; every log_interval-th to the console, with the speed and what is left."""
     c, times, lr = run.c, run.times, run.optimizer.param_groups[0]["lr"]
     tokens_per_step = c.gradient_accumulation_steps * c.batch_size * c.model.block_size
     run.log.metrics({"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
-                     "tokens": (step + 1) * tokens_per_step, "ms": 1e3 * times[-1]})
+                     "tokens": (step + 1) * tokens_per_step, "ms": 1e3 * times[-1], **more})
     if step % c.log_interval == 0 or step + 1 == run.last_step:
         rate, peak = tokens_per_step / usual(times), peak_flops(run.device)
         mfu = 100 * rate * flops_per_token(run.model) / peak / run.ranks.world if peak else None

@@ -58,7 +58,8 @@ class Sizes:
     product: int                                    # n: the matmuls are n x n x n
     linear: tuple[int, int]                         # tokens and channels, in and out, of a Linear
     config: str                                     # training steps of configs/{gpt,ngpt}_<config>.py ...
-    flags: tuple[str, ...]                          # ... and these flags
+    hybrid: str                                     # ... of the Mamba-2 + MoE hybrid of that config ...
+    flags: tuple[str, ...]                          # ... and with these flags
     kept: tuple[int, int, int]                      # tokens, channels in and out of the Linear that keeps
     widths: tuple[int, ...]                         # layer: channels; on a GPU the paper's
     length: int                                     # layer: tokens
@@ -67,11 +68,12 @@ class Sizes:
 SIZES = {
     "cpu": Sizes(
         dtype=torch.float32, matrix=4096, stream=(4096, 1024), product=2048, linear=(2048, 2048),
-        config="tiny", flags=(), kept=(1024, 512, 256), widths=(128, 256, 512), length=256),
+        config="tiny", hybrid="ngpt_hybrid_tiny", flags=(), kept=(1024, 512, 256), widths=(128, 256, 512),
+        length=256),
     "cuda": Sizes(
         dtype=torch.bfloat16, matrix=8192, stream=(16384, 4096), product=8192, linear=(16384, 4096),
-        config="124m", flags=("--gradient_accumulation_steps=1",), kept=(1024, 512, 256),
-        widths=(1536, 3072, 6144, 12288, 24576, 49152), length=8192),
+        config="124m", hybrid="ngpt_hybrid_600m", flags=("--gradient_accumulation_steps=1",),
+        kept=(1024, 512, 256), widths=(1536, 3072, 6144, 12288, 24576, 49152), length=8192),
 }
 
 
@@ -268,26 +270,26 @@ def training_step(c):
 
 
 def training_rows(device, sizes, product):
-    """nGPT's training step in high precision and by recipe, and GPT's in high precision."""
-    cases = [("ngpt", "bf16", "auto"), ("ngpt", "ngpt", "auto"), ("ngpt", "nvfp4", "auto"),
-             ("gpt", "bf16", "auto")]
+    """nGPT's training step in high precision and by recipe, GPT's in high precision, and a hybrid's."""
+    ngpt, gpt = f"ngpt_{sizes.config}", f"gpt_{sizes.config}"
+    cases = [(ngpt, "bf16", "auto"), (ngpt, "ngpt", "auto"), (ngpt, "nvfp4", "auto"), (gpt, "bf16", "auto"),
+             (sizes.hybrid, "bf16", "auto"), (sizes.hybrid, "ngpt", "auto")]
     if device.type == "cpu" and nvfp4.cpu_has_bf16():
-        cases.insert(0, ("ngpt", "bf16", "float32"))
-    peak, first = train.peak_flops(device), None
-    for arch, recipe, dtype in cases:
-        c = train.load_config([str(REPO / f"configs/{arch}_{sizes.config}.py"), *sizes.flags,
+        cases.insert(0, (ngpt, "bf16", "float32"))
+    peak, first = train.peak_flops(device), {}      # of each config
+    for config, recipe, dtype in cases:
+        c = train.load_config([str(REPO / f"configs/{config}.py"), *sizes.flags,
                                f"--device={device.type}", f"--recipe={recipe}", f"--dtype={dtype}"])
         step, model = training_step(c)
         name = recipe if c.fp4.gemms else SHORT[train.choose_device(c)[1]]
         tokens = c.gradient_accumulation_steps * c.batch_size * c.model.block_size
         flops = tokens * flops_per_token(model)
         ms, = median_ms([step], device, REPEAT_STEPS)
-        row = make_row(f"training step of {arch}_{sizes.config}, {tokens} tokens: {name}", ms, flops,
-                       "TFLOP/s")
+        row = make_row(f"training step of {config}, {tokens} tokens: {name}", ms, flops, "TFLOP/s")
         if peak:
             row["mfu"] = 100 * flops / (1e-3 * ms) / peak
-        compare([row], percent_of=product, ratio_to=first if arch == "ngpt" else None)
-        first = first or row
+        compare([row], percent_of=product, ratio_to=first.get(config))
+        first.setdefault(config, row)
         yield row
 
 

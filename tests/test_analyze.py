@@ -326,12 +326,13 @@ CFGS = {"ngpt": RECIPES["ngpt"], "nvfp4": replace(RECIPES["nvfp4"], tail=0.0),
 @pytest.mark.parametrize("cfg", [RECIPES["nvfp4"], replace(RECIPES["ngpt"], skip=("*out",))])
 def test_every_fp4_layer_is_recorded_and_left_as_it_was(cfg):
     model = converted(cfg)
-    layers = analyze.named_layers(model)
+    layers = analyze.named_parts(model)
     found = analyze.record(model, [batch(0), batch(1)], 40)
-    assert found.keys() == layers.keys() != analyze.named_layers(converted(replace(cfg, tail=1.0))).keys()
+    assert found.keys() == layers.keys() != analyze.named_parts(converted(replace(cfg, tail=1.0))).keys()
     for name, (x, xq) in found.items():
-        assert x.shape == xq.shape == (40, layers[name].in_features)
-        assert layers[name].fp4 and not layers[name]._forward_pre_hooks
+        layer = layers[name].layer
+        assert x.shape == xq.shape == (40, layer.in_features)
+        assert layer.fp4 and not layer._forward_pre_hooks
 
 
 @pytest.mark.parametrize("name", CFGS)
@@ -343,10 +344,11 @@ def test_measured_snr_is_that_of_the_fp4_layer(name):
             tenth; rotated operands are rounded to fp32, 5 operations each
     """
     model, batches = converted(CFGS[name], "ngpt" if name == "ngpt" else "gpt"), [batch(0), batch(1)]
-    layer = analyze.named_layers(model)["blocks.2.mixer.qkv"]
+    part = analyze.named_parts(model)["blocks.2.mixer.qkv"]
+    layer = part.layer
     x, xq = analyze.record(model, batches, 64)["blocks.2.mixer.qkv"]
     assert len(x) == 64
-    probes, terms, channels = analyze.measure(layer, x, xq, 96)
+    probes, terms, channels = analyze.measure(part, x, xq, 96)
     inputs = []
     handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad(), nvfp4.high_precision(model):
@@ -359,11 +361,44 @@ def test_measured_snr_is_that_of_the_fp4_layer(name):
         noise = sum((layer(x).double() - y.double()).square().sum()
                     for x, y in zip(inputs, clean, strict=True))
     assert close(probes["dot"], db(signal / noise), 1e-4)
-    other = analyze.measure(layer, x.roll(1, 1), xq, 96)[0]
+    other = analyze.measure(part, x.roll(1, 1), xq, 96)[0]
     assert not close(other["dot"], db(signal / noise), 1e-4)                    # control
     assert len(channels) == 96 and close(probes["gain"], probes["dot"] - probes["products"])
     assert [term["k"] for term in terms if not math.isnan(term["dot"])] == [16, 32] and len(terms) == 13
     assert close(terms[1]["dot"], probes["dot"]) and close(terms[1]["eq4"], probes["eq4"])
+
+
+def test_an_expert_is_measured_as_a_layer_of_its_own():
+    """What record() and measure() say of an expert is what its rows and weights say by themselves; rows that
+    fill up its group are not among them."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_head": 2, "n_ffn": 48, "block_size": 16, "vocab_size": 64}
+    model = build(ModelConfig(pattern="E", moe_n_expert=6, moe_n_active=2, **sizes))
+    nvfp4.convert(model, nvfp4.FP4Config(weight_amax=1.0, input_amax=8.0), report=lambda line: None)
+    parts = analyze.named_parts(model)
+    experts = [name for name in parts if "experts.fc1" in name]
+    assert experts == [f"blocks.0.mixer.experts.fc1[{e}]" for e in (0, 2, 4)]   # 4 at most, evenly
+    inputs = []
+    fc1 = model.blocks[0].mixer.experts.fc1
+    handle = fc1.register_forward_pre_hook(lambda _, args: inputs.append(args))
+    found = analyze.record(model, [batch(0)], 10**6)
+    handle.remove()
+    x, ends = inputs[0]
+    filled = 0
+    for name, e in zip(experts, (0, 2, 4), strict=True):
+        rows = x[(int(ends[e - 1]) if e else 0):ends[e]]
+        mine = rows[rows.any(1)].detach()
+        filled += len(rows) - len(mine)
+        seen, seen_q = found[name]
+        assert torch.equal(seen.sort(0).values, mine.sort(0).values) and torch.equal(
+            seen_q, quantize(seen, amax=8.0).dequantize())
+        alone = torch.nn.Linear(32, 48, bias=False)
+        alone.weight.data = fc1.weight.detach()[e].clone()
+        alone = analyze.Part(nvfp4.FP4Linear(alone, fc1.cfg))
+        alone, mine, other = (json.dumps(analyze.measure(part, seen, seen_q, 48))               # NaN = NaN
+                              for part in (alone, parts[name], parts[experts[e // 2 - 1]]))
+        assert alone == mine != other
+    assert filled > 0
 
 
 def test_a_row_is_all_that_a_probe_needs(monkeypatch):
@@ -376,7 +411,7 @@ def test_a_row_is_all_that_a_probe_needs(monkeypatch):
     x = torch.rand(4000, 64, generator=torch.Generator().manual_seed(0)) - 0.5
     monkeypatch.setitem(analyze.PROBES, "kurtosis", analyze.Probe(
         lambda s: s.x.pow(4).mean() / s.x.square().mean()**2, ".2f"))
-    found = analyze.measure(layer, x, x, 8)[0]
+    found = analyze.measure(analyze.Part(layer), x, x, 8)[0]
     assert list(found) == list(analyze.PROBES) and abs(found["kurtosis"] / 1.8 - 1) < 0.01
 
 
@@ -395,14 +430,14 @@ def test_sampling_converges_to_the_full_computation():
     """error   falls as one over the root of the sample: 8 times from 16 to 1024 tokens; 3 times is asked"""
     x, layer = equicorrelated(4096, 64, 0.02).float(), torch.nn.Linear(64, 96, bias=False)
     layer.weight.data = gaussian(96, 64, seed=7).float() + 0.1
-    layer, xq = nvfp4.FP4Linear(layer, CFGS["nvfp4"]), quantize(x).dequantize()
-    full = float(analyze.measure(layer, x, xq, 96)[0]["dot"])
+    part, xq = analyze.Part(nvfp4.FP4Linear(layer, CFGS["nvfp4"])), quantize(x).dequantize()
+    full = float(analyze.measure(part, x, xq, 96)[0]["dot"])
 
     def error(tokens, channels):
         found = []
         for seed in range(4):
             rows = torch.randperm(4096, generator=torch.Generator().manual_seed(seed))[:tokens]
-            found.append(float(analyze.measure(layer, x[rows], xq[rows], channels, seed)[0]["dot"]) - full)
+            found.append(float(analyze.measure(part, x[rows], xq[rows], channels, seed)[0]["dot"]) - full)
         return math.sqrt(sum(e * e for e in found) / 4)
     assert error(4096, 96) < 1e-9 and error(1024, 96) < 0.2 and error(1024, 96) < error(16, 96) / 3
     assert error(4096, 64) < error(4096, 4)

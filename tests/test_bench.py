@@ -21,8 +21,9 @@ from nvfp4 import FORMATS, RECIPES, FP4Config, FP4Linear  # noqa: E402
 CPU = torch.device("cpu")
 TINY = bench.Sizes(
     dtype=torch.float32, matrix=64, stream=(32, 48), product=80, linear=(96, 48), config="tiny",
-    flags=("--n_layer=1", "--n_embd=32", "--n_head=2", "--n_ffn=64", "--block_size=32", "--vocab_size=128",
-           "--batch_size=2"), kept=(64, 32, 48), widths=(16, 32), length=16)
+    hybrid="ngpt_hybrid_tiny", flags=("--n_layer=1", "--n_embd=32", "--n_head=2", "--n_ffn=64",
+                                      "--block_size=32", "--vocab_size=128", "--batch_size=2"),
+    kept=(64, 32, 48), widths=(16, 32), length=16)
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +71,12 @@ def amounts(high):
     for case in ("ngpt_tiny, 64 tokens: fp32", "ngpt_tiny, 64 tokens: ngpt", "ngpt_tiny, 64 tokens: nvfp4",
                  "gpt_tiny, 64 tokens: fp32"):
         found[f"training step of {case}"] = 64 * per_token
+    scan = 32 * (2 * 32 + 256) + 2 * 256 * 32       # chunks of 32, 2 groups, 16 heads of 16, 32 x 16 states
+    mamba = 6 * (32 * (2 * 256 + 2 * 64 + 16) + 256 * 32 + scan)
+    experts = 6 * (32 * 8 + 2 * 2 * 32 * 64 + 2 * 32 * 128)                     # router, 2 of 8, the shared
+    for name in ("fp32", "ngpt"):                   # MEM*EMEM
+        found[f"training step of ngpt_hybrid_tiny, 64 tokens: {name}"] = 64 * (
+            4 * mamba + 3 * experts + attention + 6 * 32 * 128)
     return found
 
 

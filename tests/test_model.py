@@ -283,7 +283,7 @@ def test_a_measured_tensor_scale_sees_all_rows(recipe, sees):
 
 
 def test_rope_depends_on_distance_only_and_keeps_norms():
-    cos, sin = rope_tables(32, 16, 10000.0, "cpu")
+    cos, sin = rope_tables(0, 32, 16, 10000.0, "cpu")
     q, k = torch.randn(16).expand(1, 1, 32, 16), torch.randn(16).expand(1, 1, 32, 16)
     scores = (rope(q, cos, sin) @ rope(k, cos, sin).transpose(-1, -2))[0, 0]    # (T, T)
     for distance in (0, 1, 7):
@@ -314,10 +314,13 @@ class Odd(Mixer):
         super().init_(std)
         torch.nn.init.ones_(self.conv)
 
-    def flops(self, T):
-        return super().flops(T) - 6 * self.experts.numel() // 2 + 6 * self.conv.numel()
+    def idle(self):
+        return self.experts.numel() // 2
 
-    def forward(self, x):
+    def flops(self, T):
+        return super().flops(T) + 6 * self.conv.numel()
+
+    def forward(self, x, state=None):
         x = F.conv1d(F.pad(x.transpose(1, 2), (2, 0)), self.conv, groups=x.size(2)).transpose(1, 2)
         return torch.einsum("btf,ecf,bte->btc", self.up(x), self.experts, self.router(x).softmax(-1))
 

@@ -45,6 +45,8 @@ RUNS = {                                            # kinds of runs that must go
     "all random": {"fp4_stochastic": ",".join(OPERANDS), "fp4_unbiased": True, "fp4_hadamard": "wgrad",
                    "fp4_signs": "fresh", "gradient_accumulation_steps": 2, "weight_decay": 0.1,
                    "schedule": "cosine", "warmup_steps": 3, "eval_iters": 3},
+    "hybrid": {"pattern": "ME*", "n_ffn": 48, "mamba_n_head": 16, "mamba_head_dim": 4, "mamba_n_group": 2,
+               "mamba_n_state": 16, "mamba_chunk": 8, "moe_n_expert": 4, "gradient_accumulation_steps": 2},
 }
 CAN_COMPILE = nvfp4.can_compile                     # that of the module, which eager() replaces
 EAGER = f"""
@@ -981,14 +983,16 @@ def test_an_error_of_one_rank_ends_both_in_order(tiny, tmp_path):
     assert err.count("train.py: ") == 1 and f"train.py: {tmp_path / 'file'}: File exists" in err
 
 
-def test_two_ranks_equal_two_micro_batches(tiny, whole, tmp_path):
+@pytest.mark.parametrize("kind", ["all random", "hybrid"])
+def test_two_ranks_equal_two_micro_batches(tiny, whole, tmp_path, kind):
     """One process computes a/2 + b/2, two ranks (a + b)/2: of the loss, of every gradient.
 
     error   0. Halving is exact in floating point, NVFP4's scales follow it exactly, and the sum of two
-            numbers has one order. So all agrees bit for bit, all kinds of random choices included.
+            numbers has one order. So all agrees bit for bit, all kinds of random choices included, and the
+            load of experts, too, which is counted over all ranks.
     """
-    torchrun(tmp_path, tiny(tmp_path / "ranks", **RUNS["all random"]))
-    assert changed(tmp_path / "ranks", whole("all random")) == set()
+    torchrun(tmp_path, tiny(tmp_path / "ranks", **RUNS[kind]))
+    assert changed(tmp_path / "ranks", whole(kind)) == set()
 
 
 @pytest.mark.parametrize("wrong", [lambda real: lambda model, seed, step, micro=0: real(model, seed, step),

@@ -1,0 +1,29 @@
+# torchrun --nproc_per_node=8 train.py configs/ngpt_hybrid_600m.py
+# The small Mamba-2 + MoE hybrid of 2605.06067, normalized: 6 Mamba-2, 5 MoE and an attention mixer, no
+# positions, about 590M parameters of which 400M meet a token, nGPT's recipe with all layers in FP4.
+# 64 sequences * 8192 tokens = 524,288 tokens a step; 68,665 steps = 36e9 tokens.
+arch = "ngpt"
+recipe = "ngpt"
+dataset = "corpus"
+pattern = "MEMEM*EMEMEM"
+n_embd = 1024
+n_head = 8
+n_kv_head = 4
+head_dim = 128
+n_ffn = 1536
+block_size = 8192
+vocab_size = 131072
+rope_base = 0
+init_std = 0.031
+mamba_n_head = 16
+moe_n_expert = 16
+moe_n_active = 4
+
+batch_size = 1
+gradient_accumulation_steps = 64
+max_steps = 68665
+learning_rate = 0.6e-3  # half of the standard model's
+decay_fraction = 0.15
+eval_interval = 500
+eval_iters = 64
+checkpoint_interval = 500

@@ -1,0 +1,841 @@
+"""Mamba-2, the mixture of experts and decoding with a state: each against its definition written out, with
+controls that must fail; the papers' sizes; experts in FP4 against quantize() and plain products."""
+import copy
+import itertools
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
+
+import model as model_file  # noqa: E402
+import nvfp4  # noqa: E402
+import oracle  # noqa: E402
+import train  # noqa: E402
+from configs.config import read_settings  # noqa: E402
+from model import (ExpertLinear, ModelConfig, MoE, build, count_parameters, flops_per_token,  # noqa: E402
+                   generate, ssm, ssm_chunked, take, unit)
+from nvfp4 import FORMATS, OPERANDS, RECIPES, FP4Config, FP4Linear, quantize  # noqa: E402
+
+# every size a multiple of 16, as FP4 wants it: in_proj makes 128 z, 128 + 2 * 64 x B C and 16 dt
+SMALL = ModelConfig(pattern="ME*-", n_embd=64, n_head=4, n_kv_head=2, n_ffn=48, block_size=32, vocab_size=80,
+                    mamba_n_head=16, mamba_head_dim=8, mamba_n_group=4, mamba_n_state=16, mamba_chunk=8,
+                    moe_n_expert=4, moe_n_active=2)
+EPS = torch.finfo(torch.float32).eps
+PLACE = 0x1234_5678_9ABC_DEF0, 7, 0                 # seed, step, micro_batch
+
+
+@pytest.fixture(autouse=True)
+def unfused(monkeypatch):
+    """Definitions as they stand, without a compiler. One thread: more are slower on tensors this tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(nvfp4, "can_compile", lambda kind: False)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(arch="gpt", **changes):
+    return build(replace(SMALL, arch=arch, **changes))
+
+
+def make_mixer(letter, arch="gpt", **changes):
+    return make(arch, pattern=letter, **changes).blocks[0].mixer
+
+
+def tokens(B=2, T=32):
+    return torch.randint(0, 80, (B, T))
+
+
+def far(a, b):
+    """Largest distance of a from b, relative to the largest of b."""
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-300))         # where b is zero so must a be
+
+
+def scramble(module):
+    """Move every parameter that begins at a round number away from it, so that none can be forgotten."""
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.dim() == 1:
+                p += 0.3 * torch.randn_like(p)
+
+
+# ---------------------------------------------------------------- the state space model
+
+def ssm_inputs(dtype, T, G, speed, B=2, H=4, P=3, N=5):
+    """x, dt, A, B, C, h; dt up to speed, A from -1 to -16 as a model begins."""
+    x, B_, C = torch.randn(B, T, H, P), torch.randn(B, T, G, N), torch.randn(B, T, G, N)
+    inputs = x, speed * torch.rand(B, T, H), -torch.linspace(1, 16, H), B_, C, torch.randn(B, H, P, N)
+    return [t.to(dtype).requires_grad_() for t in inputs]
+
+
+def with_gradients(scan, inputs):
+    """y, the last h and the gradients of all inputs, for fixed gradients of y and h."""
+    y, h = scan(*inputs)
+    weights = [torch.cos(torch.arange(t.numel(), dtype=t.dtype)).view_as(t) for t in (y, h)]
+    return [y, h, *torch.autograd.grad((y * weights[0]).sum() + (h * weights[1]).sum(), inputs)]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
+def test_chunks_are_the_recurrence(dtype, bound):
+    """Outputs, state, and the gradients of all six inputs. Steps of 4 units let a chunk of 128 tokens fade by
+    e^-4000 in some heads: there the differences of what has been summed up still have their digits."""
+    for (T, L), G, given in itertools.product(((1, 8), (7, 8), (16, 8), (21, 8), (21, 1), (21, 64)),
+                                              (1, 2, 4), (False, True)):
+        inputs = ssm_inputs(dtype, T, G, speed=0.1)[:6 if given else 5]
+        want = with_gradients(ssm, inputs)
+        got = with_gradients(lambda *a, L=L: ssm_chunked(*a, L=L), inputs)
+        assert all(far(a, b) < bound for a, b in zip(got, want, strict=True)), (T, L, G, given)
+    for speed in (0.01, 1, 4):
+        inputs = ssm_inputs(dtype, 150, 2, speed)
+        want = with_gradients(ssm, [t.detach().double().requires_grad_() for t in inputs])
+        got = with_gradients(lambda *a: ssm_chunked(*a, L=128), inputs)
+        assert [far(a, b) < bound for a, b in zip(got, want, strict=True)] == [True] * 8, speed
+
+
+def test_wrong_recurrences_are_noticed():
+    x, dt, A, B, C, h = ssm_inputs(torch.float64, 21, 2, speed=0.1)
+    y, last = ssm_chunked(x, dt, A, B, C, h, L=8)
+    before = dt.roll(1, 1)                          # a decay off by one step, the input's weight as it was
+    halves = [ssm(x[:, span], dt[:, span], A, B[:, span], C[:, span], h)
+              for span in (slice(0, 10), slice(10, 21))]
+    for wrong in (ssm(x * (dt / before)[..., None], before, A, B, C, h), ssm(x, dt, A, B, C),
+                  ssm(x, dt, A, B.flip(2), C, h), ssm(x, dt, A, C, B, h), ssm(x, dt, A.flip(0), B, C, h),
+                  (torch.cat([half[0] for half in halves], 1), halves[1][1])):         # state not carried
+        assert far(wrong[0], y) > 1e-2 and far(wrong[1], last) > 1e-2
+    assert all(far(a, b) < 1e-10 for a, b in zip(ssm(x, dt, A, B, C, h), (y, last), strict=True))
+
+
+# ---------------------------------------------------------------- Mamba-2, written out in float64
+
+def mamba_reference(mixer, x, wrong=None):
+    """The mixer token by token, from its parameters; wrong: one of the mistakes below."""
+    p = {name: value.detach().double() for name, value in mixer.named_parameters()}
+    z, xBC, dt = (x.double() @ p["in_proj.weight"].t()).split(
+        [mixer.H * mixer.P, sum(mixer.parts), mixer.H], -1)
+    W, T = len(p["conv"]), x.size(1)
+    kernel = p["conv"].flip(0) if wrong == "convolution reversed" else p["conv"]
+    xBC = F.silu(p["conv_bias"] + F.conv1d(F.pad(xBC.transpose(1, 2), (W - 1, 0)), kernel.t()[:, None],
+                                           groups=xBC.size(-1)).transpose(1, 2))
+    x, B, C = (t.unflatten(-1, (n, -1)) for t, n in
+               zip(xBC.split(mixer.parts, -1), (mixer.H, mixer.G, mixer.G), strict=True))
+    B, C = (t.repeat_interleave(mixer.H // mixer.G, 2) for t in (B, C))
+    dt = F.softplus(dt + p["dt_bias"])
+    fade = (-(dt.roll(1, 1) if wrong == "decay of the step before" else dt) * p["A_log"].exp()).exp()
+    h, y = x.new_zeros(len(x), mixer.H, mixer.P, mixer.N), []
+    for t in range(T):
+        h = fade[:, t, :, None, None] * h
+        h = h + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
+        y.append(torch.einsum("bhpn,bhn->bhp", h, C[:, t]))
+    y = torch.stack(y, 1)
+    y = y if wrong == "no skip" else y + p["D"][:, None] * x
+    gate, groups = F.silu(z), 1 if wrong == "one group" else mixer.G
+
+    def norm(y):
+        y = y.unflatten(-1, (groups, -1))
+        return (y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(2)
+    y = norm(y.flatten(2)) * gate if wrong == "norm before gate" else norm(y.flatten(2) * gate)
+    y = y * p["norm"]
+    return (unit(y) if hasattr(mixer, "normalize_inputs") else y) @ p["out_proj.weight"].t()
+
+
+@pytest.mark.parametrize("arch", ["gpt", "ngpt"])
+def test_mamba_is_the_papers(arch):
+    mixer, x = make_mixer("M", arch), torch.randn(2, 21, 64)
+    scramble(mixer)
+    assert far(mixer(x), mamba_reference(mixer, x)) < 1e-5
+    for wrong in ("no skip", "convolution reversed", "decay of the step before", "norm before gate",
+                  "one group"):
+        assert far(mixer(x), mamba_reference(mixer, x, wrong)) > 1e-3, wrong
+
+
+def test_decays_begin_where_the_paper_says_and_nothing_but_learning_moves_them():
+    """A from 1 to 16, dt from 0.001 to 0.1, D and the norm 1: neither drawn as matrices nor normalized."""
+    for arch in ("gpt", "ngpt"):
+        model = make(arch, pattern="MM", mamba_n_head=256, mamba_head_dim=4)
+        for mixer in (block.mixer for block in model.blocks):
+            A, dt = mixer.A_log.detach().exp(), F.softplus(mixer.dt_bias.detach())
+            assert 1 <= float(A.min()) < 2 and 15 < float(A.max()) <= 16
+            assert 0.999e-3 < float(dt.min()) < 2e-3 and 0.05 < float(dt.max()) < 0.1001
+            assert abs(float(dt.log().mean()) - math.log(0.01)) < 0.25          # even in the logarithm
+            assert (mixer.D == 1).all() and (mixer.norm == 1).all()
+            assert 0.4 < float(mixer.conv.detach().abs().max()) <= 0.5                   # 1 / sqrt(4 tokens)
+        scramble(model)
+        before = copy.deepcopy(model.state_dict())
+        model.normalize_()
+        assert all(torch.equal(before[name], p) for name, p in model.named_parameters()
+                   if "proj" not in name and name not in ("embed.weight", "head.weight"))
+        matrices = {id(p) for p in model.matrices()}
+        assert not any(id(p) in matrices for m in model.blocks for p in m.mixer.parameters(recurse=False))
+
+
+# ---------------------------------------------------------------- decoding with a state
+
+PIECES = (5, 1, 1, 4, 1, 7, 1)                      # tokens fed at once: a prompt, single ones, several again
+
+
+def step_by_step(f, x, pieces=PIECES, state=None):
+    """f fed with pieces of x (B, T, ...) and one state, side by side again."""
+    state = {} if state is None else state
+    assert x.size(1) == sum(pieces)
+    return torch.cat([f(piece, state=state) for piece in x.split(pieces, 1)], 1)
+
+
+@pytest.mark.parametrize("arch", ["gpt", "ngpt"])
+def test_a_mixer_step_by_step_is_the_whole(arch):
+    for letter, changes in (("*", {}), ("*", {"n_kv_head": 4}), ("*", {"rope_base": 0.0}), ("M", {}),
+                            ("M", {"mamba_conv": 1}), ("-", {}), ("E", {})):
+        mixer, x = make_mixer(letter, arch, **changes).eval(), torch.randn(2, sum(PIECES), 64)
+        scramble(mixer)
+        whole, state = mixer(x), {}
+        for pieces in (PIECES, (1,) * 20, (20,), (2, 18)):
+            assert far(step_by_step(mixer, x, pieces), whole) < 1e-5, (letter, changes, pieces)
+        step_by_step(mixer, x, state=state)
+        assert set(state) == {"*": {"k", "v", "tokens"}, "M": {"window", "h"}}.get(letter, set())
+        for name in state:                          # control: an entry of the state that is not carried
+            idle = name == "tokens" and not mixer.rope_base or name == "window" and len(mixer.conv) == 1
+            assert (far(step_by_step(forgetting(mixer, name), x), whole) > 1e-3) != idle, (letter, name)
+
+
+def forgetting(mixer, name):
+    """The mixer, but an entry of its state is zero whenever it is called."""
+    def f(x, state):
+        if name in state:
+            state[name] = 0 * state[name]
+        return mixer(x, state)
+    return f
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ["gpt", "ngpt"])
+def test_a_model_step_by_step_is_the_whole(arch):
+    """And states are of one sequence: what is fed to others, or to a copy, moves nothing."""
+    model, idx, other = make(arch, pattern="ME*M-*").eval(), tokens(T=20), tokens(T=20)
+    scramble(model)
+    whole = model(idx)
+    for pieces in (PIECES, (1,) * 20, (13, 7)):
+        for sequence in (idx, other):
+            state = [{} for _ in model.blocks]
+            assert far(step_by_step(model, sequence, pieces, state), model(sequence)) < 1e-5
+    mine, theirs = [{} for _ in model.blocks], [{} for _ in model.blocks]
+    for a, b in zip(idx.split(PIECES, 1), other.split(PIECES, 1), strict=True):
+        y, copied, theirs_y = model(a, state=mine), copy.deepcopy(mine), model(b, state=theirs)
+        model(b, state=copied)                      # a copy goes another way ...
+    assert far(y, whole[:, -1:]) < 1e-5 and far(theirs_y, model(other)[:, -1:]) < 1e-5
+    first = [{} for _ in model.blocks]
+    step_by_step(model, idx[:, :11], (5, 1, 5), first)
+    second = copy.deepcopy(first)                   # ... or the same
+    a, b = (model(idx[:, 11:], state=state) for state in (first, second))
+    assert torch.equal(a, b) and far(a, whole[:, 11:]) < 1e-5
+    assert far(model(idx[:, 11:], state=first), whole[:, 11:]) > 1e-3           # control: it has gone on
+
+
+@pytest.mark.parametrize("arch", ["gpt", "ngpt"])
+def test_beyond_block_size_attention_slides_and_mamba_remembers(arch):
+    """Token t sees itself and the block_size - 1 before it, as if the sequence began there: rotations depend
+    on distances alone, in nGPT as long as s_qk, which comes after them, is one for a pair of channels. Of
+    Mamba's past nothing is dropped."""
+    W, x = 8, torch.randn(2, 20, 64)
+    for changes in ({}, {"rope_base": 0.0}):
+        mixer = make_mixer("*", arch, block_size=W, **changes)
+
+        def last_of(window, mixer=mixer):
+            return torch.cat([mixer(x[:, max(0, t + 1 - window):t + 1])[:, -1:] for t in range(20)], 1)
+        for pieces in ((1,) * 20, (8, 1, 1, 4, 6)):
+            y = step_by_step(mixer, x, pieces)
+            assert far(y, last_of(W)) < 1e-5
+            assert far(y, last_of(W - 1)) > 1e-3 and far(y, last_of(W + 1)) > 1e-3
+    mixer = make_mixer("M", arch, block_size=W)
+    assert far(step_by_step(mixer, x, (1,) * 20), mixer(x)) < 1e-5
+
+
+def stateless(model, idx, n_tokens, generator=None, window=None):
+    """generate() without a state: the whole sequence, or its last window tokens, for every token. The
+    likeliest, or with a generator drawn from all at temperature 1."""
+    for _ in range(n_tokens):
+        logits = model(idx if window is None else idx[:, -window:])[:, -1]
+        token = (logits.argmax(-1, keepdim=True) if generator is None
+                 else torch.multinomial(logits.softmax(-1), 1, generator=generator))
+        idx = torch.cat([idx, token], 1)
+    return idx
+
+
+def with_context(model, block_size):
+    """The same model, but for its block_size."""
+    other = build(replace(model.config, block_size=block_size)).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ["gpt", "ngpt"])
+def test_generate_is_the_loop_without_a_state(arch):
+    model, fed = make(arch, pattern="ME*M-*", init_std=0.2).eval(), []
+    for n_prompt in (1, 7, 20):
+        prompt = tokens(2, n_prompt)
+        want = stateless(model, prompt, 12)
+        assert torch.equal(generate(model, prompt, 12, temperature=0), want)
+        assert torch.equal(generate(model, prompt, 12, top_k=1), want)
+        want, other = (stateless(model, prompt, 12, torch.Generator().manual_seed(seed)) for seed in (1, 2))
+        got = generate(model, prompt, 12, 1.0, top_k=0, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(got, want) and not torch.equal(got, other)
+    hook = model.register_forward_pre_hook(lambda _, args: fed.append(args[0].size(1)))
+    generate(model, prompt, 5)
+    hook.remove()
+    assert fed == [20, 1, 1, 1, 1]                  # what a state is for
+
+
+@torch.no_grad()
+def test_generate_beyond_block_size():
+    """A prompt's last block_size tokens are read. Attention sees as many: one layer of it is the loop over
+    the last block_size tokens. In deeper ones a key remembers tokens further back, as ever with sliding
+    windows. Mamba alone is the loop over all tokens."""
+    for pattern, window in (("*-", 8), ("M-", None)):
+        model = make("ngpt", pattern=pattern, block_size=8, s_z_init=20.0, alpha_init=0.5).eval()
+        if window is None:                          # a long memory: little fades, much is written
+            model.blocks[0].mixer.A_log.fill_(-4)
+            model.blocks[0].mixer.dt_bias.fill_(0)
+        whole, prompt, seeds = with_context(model, 64), tokens(2, 5), torch.Generator()
+        got = generate(model, prompt, 50, 1.0, top_k=0, generator=seeds.manual_seed(1))
+        assert torch.equal(got, stateless(whole, prompt, 50, seeds.manual_seed(1), window))
+        for wrong in (7, 9):                        # the same draws from what is seen
+            assert not torch.equal(got, stateless(whole, prompt, 50, seeds.manual_seed(1), wrong))
+        after = [generate(model, long, 50, 1.0, top_k=0, generator=seeds.manual_seed(1))[:, -50:]
+                 for long in (F.pad(prompt, (9, 3), value=7), F.pad(prompt, (0, 3), value=7), prompt)]
+        assert torch.equal(after[0], after[1]) and not torch.equal(after[1], after[2])
+    model = make("gpt", pattern="*M*-", block_size=8, init_std=0.2).eval()
+    whole, prompt = with_context(model, 64), tokens(2, 5)
+    got, cropped = generate(model, prompt, 30, temperature=0), stateless(whole, prompt, 30, window=8)
+    for block in whole.blocks[0:4:2]:               # all tokens at once, each layer's window still that of 8
+        block.mixer.block_size = 8
+    for said, right in ((got, True), (cropped, False)):
+        logits = whole(said[:, :-1], state=[{} for _ in whole.blocks])
+        assert torch.equal(logits[:, 4:].argmax(-1), said[:, 5:]) is right
+
+
+# ---------------------------------------------------------------- the mixture of experts, token by token
+
+def expert_mlp(mlp, x, fc1, fc2):
+    """An expert's MLP on one token, from its own two matrices: relu(W1 x)^2, in nGPT rescaled and unit."""
+    hidden = fc1 @ x
+    if hasattr(mlp, "s_u"):
+        hidden = hidden * mlp.s_u.weight * mlp.root
+    hidden = F.relu(hidden).square()
+    return fc2 @ (hidden / hidden.norm() if hasattr(mlp, "s_u") else hidden)
+
+
+def moe_reference(mixer, x, wrong=None):
+    """The formula of MoE, expert by expert for each token; wrong: one of the mistakes below."""
+    y = []
+    for token in x.flatten(0, 1):
+        s = (mixer.router.weight @ token).sigmoid()
+        chosen = (s + (0 if wrong == "no bias" else mixer.bias)).argsort(descending=True)[:mixer.K]
+        weights = s + mixer.bias if wrong == "bias in the weights" else s
+        total = weights.sum() if wrong == "shares of all" else weights[chosen].sum()
+        out = 0 if wrong == "no shared" else expert_mlp(
+            mixer.shared, token, mixer.shared.fc1.weight, mixer.shared.fc2.weight)
+        for e in chosen:
+            weight = weights[e] / total * (1 if wrong == "no scale" else mixer.scale)
+            e = (e + 1) % mixer.E if wrong == "another expert" else e
+            out = out + weight * expert_mlp(mixer.experts, token, mixer.experts.fc1.weight[e],
+                                            mixer.experts.fc2.weight[e])
+        y.append(out)
+    return torch.stack(y).view_as(x)
+
+
+def gradients(y, x, mixer):
+    """Of x and all parameters, by name, for a fixed gradient of y."""
+    weights = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
+    named = {"x": x, **dict(mixer.named_parameters())}
+    return dict(zip(named, torch.autograd.grad((y * weights).sum(), named.values()), strict=True))
+
+
+@pytest.mark.parametrize("arch", ["gpt", "ngpt"])
+def test_mixture_is_the_papers(arch):
+    """Output and all gradients, of router, experts and shared expert; an expert nobody chose gets zeros."""
+    mixer = make_mixer("E", arch, moe_n_expert=5, init_std=0.2)
+    scramble(mixer)
+    mixer.bias.copy_(torch.tensor([0.4, 0.1, -0.1, 0.2, -9.0]))                 # nobody chooses the last
+    exact, x = copy.deepcopy(mixer).double(), torch.randn(2, 9, 64, requires_grad=True)
+    x64 = x.detach().double().requires_grad_()
+    y, want = mixer(x), moe_reference(exact, x64)
+    assert far(y, want) < 1e-5
+    got, want = gradients(y, x, mixer), gradients(want, x64, exact)
+    for name in want:
+        assert far(got[name], want[name]) < 2e-5 and got[name].abs().max() > 0, name
+    assert got["experts.fc1.weight"][4].abs().max() == got["experts.fc2.weight"][4].abs().max() == 0
+    assert all((got[f"experts.fc{i}.weight"][e] != 0).any() for i in (1, 2) for e in range(4))
+    for wrong in ("no scale", "bias in the weights", "no bias", "no shared", "shares of all",
+                  "another expert"):
+        assert far(y, moe_reference(exact, x64, wrong)) > 1e-2, wrong
+
+
+def test_one_expert_is_its_mlp():
+    """With nothing to choose the weight is moe_scale, whatever the router says, which then learns nothing."""
+    mixer, mlp = make_mixer("E", moe_n_expert=1, moe_n_active=1, init_std=0.2), make_mixer("-", init_std=0.2)
+    x = torch.randn(2, 9, 64)
+    for name in ("fc1", "fc2"):
+        getattr(mlp, name).weight.data.copy_(getattr(mixer.experts, name).weight[0])
+    y = mixer(x)
+    assert far(y - mixer.shared(x), 2.5 * mlp(x)) < 1e-5 < far(y - mixer.shared(x), mlp(x))
+    y.square().sum().backward()
+    assert mixer.router.weight.grad.abs().max() < 1e-5 * mixer.experts.fc1.weight.grad.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ["gpt", "ngpt"])
+def test_permuting_tokens_permutes_outputs(arch):
+    mixer, x, order = make_mixer("E", arch, init_std=0.2).eval(), torch.randn(3, 20, 64), torch.randperm(60)
+    y, other = mixer(x).flatten(0, 1), mixer(x.flatten(0, 1)[order].view_as(x)).flatten(0, 1)
+    assert far(other, y[order]) < 1e-6 and far(other, y) > 0.1
+
+
+def test_sorting():
+    """Each choice has a row of its own, within its expert's rows, in order of its tokens; each expert's begin
+    at a multiple of every format's block; how many rows there are depends on the number of tokens alone."""
+    assert all(MoE.multiple % form.block == 0 for form in FORMATS.values())
+    assert MoE.multiple % len(nvfp4.SIGNS) == 0     # nor does a rotation mix experts
+    mixer = make_mixer("E", moe_n_expert=5, moe_n_active=2)
+    for n in (1, 15, 16, 17, 100):
+        sizes = set()
+        for skew in (0, 1, 3, 50):                  # at last all tokens choose the same two
+            chosen = (torch.randn(n, 5) + skew * torch.arange(5)).topk(2).indices
+            row_of, choice_of, ends = mixer.sort(chosen)
+            begins = torch.cat([ends.new_zeros(1), ends[:-1]])
+            assert ends.dtype == torch.int32 and int(ends[-1]) == len(choice_of)
+            assert (ends % 32 == 0).all() and (begins <= ends).all()
+            assert ((begins[chosen] <= row_of) & (row_of < ends[chosen])).all()
+            for e in range(5):                      # close together, in order
+                rows = row_of[chosen == e]
+                assert torch.equal(rows, begins[e] + torch.arange(len(rows)))
+            assert torch.equal(choice_of[row_of.flatten()], torch.arange(2 * n))
+            assert int((choice_of == 2 * n).sum()) == len(choice_of) - 2 * n
+            sizes.add(len(choice_of))
+        assert len(sizes) == 1
+
+
+def test_router_and_scan_stay_in_fp32_under_autocast():
+    """Bit for bit: of the two mixers autocast reaches linear layers and experts only. The state is fp32."""
+    router, x = make_mixer("E"), torch.randn(2, 21, 64)
+    scan, projected = make_mixer("M"), torch.randn(2, 21, 400)
+    scan.in_proj.forward = lambda x: projected
+    results = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            state = {}
+            results.append([*router.route(x), scan.mix(x, state), state["h"], state["window"]])
+            assert (router.router(x).dtype == torch.bfloat16) is autocast       # control
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*results, strict=True))
+    projected = projected.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert scan.mix(x, state := {}).dtype == torch.bfloat16 and state["h"].dtype == torch.float32
+
+
+# ---------------------------------------------------------------- balance
+
+def test_the_bias_moves_against_the_load_and_evens_it_out():
+    """A stream that likes some experts: with the bias the busiest soon has its share and 10 % more at most,
+    without it more than twice its share. All choices are counted, in training only, and over all ranks."""
+    busiest = {}
+    for rate in (0.01, 0.0):
+        torch.manual_seed(0)
+        model = make(pattern="E", moe_n_expert=8, moe_bias_rate=rate)
+        mixer, skew = model.blocks[0].mixer, torch.randn(64)
+        model.blocks[0].forward = mixer.forward     # its input is the stream itself
+        mixer.router.weight.data.normal_(std=0.05)
+        loads = []
+        for _ in range(150):
+            mixer(torch.randn(2, 256, 64) + skew)
+            load, before = mixer.load.clone(), mixer.bias.clone()
+            found = model.after_step()
+            assert int(load.sum()) == 2 * 256 * 2 and (mixer.load == 0).all()
+            assert torch.equal(mixer.bias, before + rate * (load.mean() - load).sign())
+            assert found["load_max"] == pytest.approx(float(load.max()) / 128)
+            assert found["bias_max"] == float(mixer.bias.abs().max())
+            loads.append(load)
+        assert loads[0].max() > 2 * loads[0].mean()
+        late = sum(loads[-20:])
+        busiest[rate] = float(late.max() / late.mean())
+    assert busiest[0.01] < 1.1 and busiest[0.0] > 2
+    mixer.eval()(torch.randn(2, 64, 64))
+    assert (mixer.load == 0).all()
+    mixer.bias_rate = 0.5
+    model.after_step(lambda load: torch.arange(8.0))                            # what the ranks add up to
+    assert mixer.bias.tolist() == [0.5] * 4 + [-0.5] * 4
+
+
+def balance_loss(s, chosen, E, coefficient, whole_batch=False):
+    """coefficient E sum_e (share of choices) (mean share of s), mean over sequences: s (B, T, E)."""
+    if whole_batch:
+        s, chosen = s.flatten(0, 1)[None], chosen.flatten(0, 1)[None]
+    losses = []
+    for s_b, chosen_b in zip(s, chosen, strict=True):
+        f = torch.stack([(chosen_b == e).double().mean() for e in range(E)])
+        losses.append(coefficient * E * (f * (s_b / s_b.sum(-1, keepdim=True)).mean(0)).sum())
+    return sum(losses) / len(losses)
+
+
+def test_the_balance_loss_is_felt_but_not_seen():
+    """Its value in the loss is 0, its gradient that of the formula, for each sequence by itself."""
+    mixer = make_mixer("E", init_std=0.2, moe_aux_loss=0.3)
+    x = torch.randn(3, 8, 64) + 2 * torch.randn(3, 1, 64)   # sequences of different tastes
+    x.requires_grad_()
+    mixer(x)
+    assert float(mixer.aux.detach()) == 0
+    got = torch.autograd.grad(mixer.aux, (mixer.router.weight, x))
+    w, x64 = mixer.router.weight.detach().double().requires_grad_(), x.detach().double().requires_grad_()
+    s = (x64 @ w.t()).sigmoid()
+    chosen = (s + mixer.bias).topk(2).indices
+    want = torch.autograd.grad(balance_loss(s, chosen, 4, 0.3), (w, x64), retain_graph=True)
+    assert all(far(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
+    wrong = torch.autograd.grad(balance_loss(s, chosen, 4, 0.3, whole_batch=True), w)
+    assert far(got[0], wrong[0]) > 1e-2 and far(got[0], -want[0]) > 1
+    mixer.eval()(x)
+    assert mixer.aux is None
+
+
+@pytest.mark.parametrize("arch", ["gpt", "ngpt"])
+def test_the_model_adds_its_mixers_losses(arch):
+    """Same reported loss, other gradients of the routers; nothing is left that forbids a model's copy."""
+    idx, grads, losses = tokens(T=33), {}, {}
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        model = make(arch, pattern="EE", moe_aux_loss=weight)
+        loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        losses[weight], grads[weight] = loss.detach(), [b.mixer.router.weight.grad for b in model.blocks]
+        copy.deepcopy(model)
+    assert torch.equal(losses[0.0], losses[1.0])
+    assert all(far(a, b) > 1e-2 for a, b in zip(grads[1.0], grads[0.0], strict=True))
+
+
+# ---------------------------------------------------------------- experts in FP4
+
+EXPERTS = {**RECIPES, "all stochastic": FP4Config(stochastic=OPERANDS, unbiased=True),
+           "rotated, fresh signs": FP4Config(hadamard=nvfp4.GEMMS, signs="fresh"),
+           "weights 1x16": FP4Config(square_weights=False), "only fprop": FP4Config(gemms=("fprop",)),
+           "only backward": FP4Config(gemms=("dgrad", "wgrad"))}
+GROUPS = ((0, 1, 15, 16, 17), (0, 0, 40, 0, 0), (33, 32, 31, 2, 0))
+
+
+def sorted_batch(sizes, K=64, N=96):
+    """x (M, K) of unit rows and dy (M, N), sorted by expert as MoE does it, zeros between; and ends."""
+    chosen = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[:, None]
+    mixer = make_mixer("E", moe_n_expert=len(sizes), moe_n_active=1)
+    _, choice_of, ends = mixer.sort(chosen[torch.randperm(len(chosen))])
+    x, dy = unit(torch.randn(sum(sizes), K)), torch.randn(sum(sizes), N)
+    return take(x, choice_of), take(dy, choice_of), ends
+
+
+def expert_layer(cfg, E=5, K=64, N=96, index=5):
+    linear = ExpertLinear(E, K, N, bias=False)
+    linear.weight.data.copy_(unit(torch.randn(E, N, K)))
+    layer = FP4Linear(linear, cfg, index)
+    nvfp4.set_step(layer, *PLACE)
+    return layer
+
+
+def run(layer, x, dy, ends, autocast=False):
+    """y, dx, dw of one forward and backward."""
+    x = x.clone().requires_grad_()
+    layer.weight.grad = None
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x, ends)
+    y.backward(dy.to(y.dtype))
+    return y.detach(), x.grad, layer.weight.grad
+
+
+def expert_by_expert(layer, x, dy, ends, autocast=False):
+    """y, dx, dw, each with sum |a||b| of its products, in float64: the sorted matrices, padding and all, and
+    the weights of all experts as one, quantized once; then for each expert a product of its own parts."""
+    cfg, w, dtype = layer.cfg, layer.weight.detach(), torch.bfloat16 if autocast else torch.float32
+    x, dy = x.to(dtype), dy.to(dtype)
+    E, N, _ = w.shape
+    spans = list(itertools.pairwise([0, *ends.tolist()]))
+
+    def operand(name, t):
+        gemm_name, kind = name.split(".")
+        if gemm_name not in cfg.gemms:
+            return t.to(dtype).double()
+        signs = None if gemm_name not in cfg.hadamard else (
+            nvfp4.rotation_signs("fresh", gemm_name, layer.keys) if cfg.signs == "fresh" else oracle.SIGNS)
+        stochastic = name in cfg.stochastic
+        q = quantize.definition(t, cfg.format, kind == "w" and cfg.square_weights, stochastic,
+                                seed=oracle.stream_key(*PLACE, layer.index, OPERANDS.index(name)),
+                                amax={"x": cfg.input_amax, "w": cfg.weight_amax, "dy": cfg.grad_amax}[kind],
+                                unbiased=stochastic and cfg.unbiased, signs=signs)
+        return q.decode().double() * q.s_dec.double()
+    x_rows, w_rows = operand("fprop.x", x), operand("fprop.w", w.flatten(0, 1))
+    dy_rows, w_columns = operand("dgrad.dy", dy), operand("dgrad.w", w.flatten(0, 1).t())
+    dy_columns, x_columns = operand("wgrad.dy", dy.t()), operand("wgrad.x", x.t())
+    results = []
+    for product in (lambda a, b: a @ b.t(), lambda a, b: a.abs() @ b.abs().t()):
+        results.append((
+            torch.cat([product(x_rows[i:j], w_rows[e * N:(e + 1) * N]) for e, (i, j) in enumerate(spans)]),
+            torch.cat([product(dy_rows[i:j], w_columns[:, e * N:(e + 1) * N])
+                       for e, (i, j) in enumerate(spans)]),
+            torch.stack([product(dy_columns[:, i:j], x_columns[:, i:j]) for i, j in spans])))
+    return list(zip(*results, strict=True))
+
+
+def agree(got, want, autocast=False):
+    """Within what the order of at most 128 fp32 additions can do, 128 * 2^-24 < 1e-5 of sum |a||b|; and where
+    the result is bf16, or without FP4 so are the summands of dw, one rounding more."""
+    return [bool(((g.double() - exact).abs() <= 1e-5 * size + (2**-8 if autocast else 0) * exact.abs()).all())
+            for g, (exact, size) in zip(got, want, strict=True)]
+
+
+@pytest.mark.parametrize("autocast", (False, True), ids=("fp32", "autocast"))
+@pytest.mark.parametrize("name", EXPERTS)
+def test_expert_layer_is_a_layer_for_each_expert(name, autocast):
+    """y, dx and dw, for groups of 0, 1, 15, 16, 17 and more tokens, and all of them at one expert."""
+    layer = expert_layer(EXPERTS[name])
+    for sizes in GROUPS:
+        x, dy, ends = sorted_batch(sizes)
+        got, want = run(layer, x, dy, ends, autocast), expert_by_expert(layer, x, dy, ends, autocast)
+        assert agree(got, want, autocast) == [True] * 3, sizes
+        assert [len(t) for t in got] == [len(x), len(x), 5] and got[2].dtype == torch.float32
+        assert all((dw == 0).all() == (n == 0) for dw, n in zip(got[2], sizes, strict=True))
+        assert (got[0][(x == 0).all(1)] == 0).all() and (got[1][(dy == 0).all(1)] == 0).all()
+    x, dy, ends = sorted_batch(GROUPS[0])           # controls
+    got, want = run(layer, x, dy, ends, autocast), expert_by_expert(layer, x, dy, ends, autocast)
+    assert not any(agree([0.98 * g for g in got], want, autocast))
+    assert not any(agree(run(layer, x, dy, (ends + 32).clamp(max=len(x)), autocast), want, autocast))
+    if layer.cfg.gemms:
+        nvfp4.set_step(layer, PLACE[0], PLACE[1] + 1)
+        used = {name.split(".")[0] for name in layer.cfg.stochastic} & set(layer.cfg.gemms)
+        fresh = set(layer.cfg.hadamard) if layer.cfg.signs == "fresh" else set()
+        assert [not ok for ok in agree(run(layer, x, dy, ends, autocast), want, autocast)] == [
+            gemm in used | fresh for gemm in nvfp4.GEMMS]
+
+
+@pytest.mark.parametrize("name", ("bf16", "ngpt", "nvfp4", "mxfp4"))
+def test_compiled_expert_layer_gives_the_same_bits(name):
+    """One graph, with quantize and the grouped products as operators in it."""
+    layer = expert_layer(EXPERTS[name])
+    layer.hooked = True                             # quantized by set_step
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for sizes in GROUPS[:2]:
+        for autocast in (False, True):
+            x, dy, ends = sorted_batch(sizes)
+            want, got = (run(f, x, dy, ends, autocast) for f in (layer, compiled))
+            assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
+    nvfp4.set_step(layer, PLACE[0], PLACE[1] + 1)   # control: keys are inputs of the graph
+    assert torch.equal(run(compiled, x, dy, ends, True)[1], want[1]) == (name == "bf16")
+
+
+def test_experts_in_high_precision_are_their_linear_layers():
+    """What convert() replaces, inside high_precision(), and the same names of weights, in y, dx and dw."""
+    x, dy, ends = sorted_batch(GROUPS[0])
+    plain = ExpertLinear(5, 64, 96, bias=False)
+    plain.weight.data.copy_(unit(torch.randn(5, 96, 64)))
+    layer = FP4Linear(plain, RECIPES["nvfp4"])
+    nvfp4.set_step(layer, *PLACE)
+    assert layer.state_dict().keys() == plain.state_dict().keys() and layer.weight is plain.weight
+    want = expert_by_expert(FP4Linear(plain, RECIPES["bf16"]), x, dy, ends)
+    assert agree(run(plain, x, dy, ends), want) == [True] * 3
+    assert agree(run(layer, x, dy, ends), want) == [False] * 3
+    with nvfp4.high_precision(layer):
+        assert all(map(torch.equal, run(layer, x, dy, ends), run(plain, x, dy, ends)))
+
+
+def test_no_block_holds_tokens_of_two_experts():
+    """With fixed tensor scales what happens to the tokens of one expert moves no bit of another's, forward or
+    backward; where groups begin at multiples of 8 it does."""
+    cfg = FP4Config(input_amax=1.0, weight_amax=1.0, grad_amax=4.0, hadamard=("wgrad",))
+    layer, chosen = expert_layer(cfg, E=3), torch.tensor([0] * 5 + [1] * 24 + [2] * 3)[:, None]
+    mixer = make_mixer("E", moe_n_expert=3, moe_n_active=1)
+    for multiple, apart in ((32, True), (8, False)):
+        mixer.multiple = multiple
+        row_of, choice_of, ends = mixer.sort(chosen)
+        x, dy = (take(t, choice_of) for t in (unit(torch.randn(32, 64)), torch.randn(32, 96)))
+        mine = (choice_of < 5)[:, None]
+        a = run(layer, x, dy, ends)
+        b = run(layer, torch.where(mine, x * 0.5 + 0.1, x), torch.where(mine, dy - dy.sign(), dy), ends)
+        others = row_of[5:, 0]
+        assert torch.equal(a[0][others], b[0][others]) and torch.equal(a[1][others], b[1][others])
+        assert torch.equal(a[2][1:], b[2][1:]) is apart and not torch.equal(a[2][0], b[2][0])
+
+
+def test_what_an_expert_layer_keeps_of_its_input_is_4_bit():
+    layer, (x, dy, ends) = expert_layer(RECIPES["nvfp4"]), sorted_batch((50, 60, 0, 1, 2))
+    kept = []
+
+    def keep(t):
+        kept.append((t.dtype, t.numel()))
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = layer(x.requires_grad_(), ends)
+    y.backward(dy)
+    assert (torch.uint8, x.numel() // 2) in kept
+    assert not any(dtype.is_floating_point and n in (x.numel(), y.numel()) for dtype, n in kept)
+
+
+# ---------------------------------------------------------------- whole models in FP4, and compiled
+
+NAMES = {"M": ("in_proj", "out_proj"), "*": ("qkv", "out"), "-": ("fc1", "fc2"),
+         "E": ("experts.fc1", "experts.fc2", "shared.fc1", "shared.fc2")}
+
+
+def test_convert_takes_all_but_router_head_and_what_is_no_gemm():
+    model, lines = make("ngpt"), []
+    nvfp4.convert(model, RECIPES["ngpt"], report=lines.append)
+    found = {name for name, m in model.named_modules() if isinstance(m, FP4Linear)}
+    assert found == {f"blocks.{i}.mixer.{name}" for i, letter in enumerate("ME*-") for name in NAMES[letter]}
+    assert lines == ["converted 10/12 linears to nvfp4 (fprop,dgrad,wgrad); "
+                     "skip: blocks.1.mixer.router, head in high precision"]
+    model, skip = make("ngpt"), ("head", "*router*", "*qkv", "*mixer.out", "*out_proj")     # the 30B configs'
+    nvfp4.convert(model, replace(RECIPES["ngpt"], skip=skip), report=lines.append)
+    left = found - {name for name, m in model.named_modules() if isinstance(m, FP4Linear)}
+    assert left == {"blocks.0.mixer.out_proj", "blocks.2.mixer.qkv", "blocks.2.mixer.out"}
+
+
+def train_steps(model, n):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(n):
+        nvfp4.set_step(model, 0, step)
+        idx = tokens(T=33)
+        model(idx[:, :-1], idx[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.normalize_()
+        model.after_step()
+
+
+def test_everything_is_on_the_sphere_after_steps_in_fp4():
+    """Weights along the residual stream, experts' one by one; and what enters each FP4 GEMM: rows of norm 1,
+    or between the experts' tokens 0, within [-1, 1]. Router, convolution, decays and gains are left alone."""
+    model = nvfp4.convert(make("ngpt"), RECIPES["ngpt"], report=lambda line: None)
+    train_steps(model, 3)
+    unit_norms, others = {}, []
+    for name, p in model.named_parameters():
+        layer = name.rpartition(".mixer.")[2].removesuffix(".weight")
+        if p.dim() > 1 and layer not in ("router", "conv"):
+            axis = -2 if layer in ("out", "out_proj", "fc2", "experts.fc2", "shared.fc2") else -1
+            assert p.shape[axis] == 64, name
+            unit_norms[name] = float((p.detach().norm(dim=axis) - 1).abs().max())
+        elif p.dim() > 1:
+            others.append((name, float((p.detach().norm(dim=-1) - 1).abs().max())))
+    assert len(unit_norms) == 12 and max(unit_norms.values()) < 1e-5
+    assert len(others) == 2 and all(off > 1e-2 for _, off in others)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    model.normalize_()
+    for name, p in model.named_parameters():        # what normalize_() undoes, and what it leaves alone
+        assert (far(p, before[name]) < 1e-5) is (name in unit_norms), name
+    model.load_state_dict(before)
+    seen = {}
+    hooks = [m.register_forward_pre_hook(lambda m, args, name=name: seen.__setitem__(name, args[0].detach()))
+             for name, m in model.named_modules() if isinstance(m, FP4Linear)]
+    model(tokens())
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 10
+    for name, x in seen.items():
+        norms = x.norm(dim=-1).flatten()
+        assert float(x.abs().max()) <= 1 + EPS, name
+        ones = (norms - 1).abs() < 1e-5
+        assert ones.sum() >= 64 and (ones | (norms == 0)).all(), name
+        assert (norms == 0).any() == (".experts." in name), name
+
+
+@pytest.mark.parametrize("letter", "ME")
+def test_a_compiled_block_is_one_graph_and_gives_the_same(letter):
+    """In FP4 with bf16 activations the loss and the load bit for bit; in fp32, where no rounding can amplify
+    the order of additions, all gradients, the balance loss's among them."""
+    for fp4 in (False, True):
+        results = []
+        for compile_it in (False, True):
+            torch.manual_seed(0)
+            model = make("ngpt", pattern=letter, moe_aux_loss=1.0)
+            if fp4:
+                nvfp4.convert(model, RECIPES["ngpt"], report=lambda line: None)
+                nvfp4.set_step(model, *PLACE)
+            block, idx = model.blocks[0], tokens(T=33)
+            if compile_it:
+                block.compile(backend="aot_eager", fullgraph=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=fp4):
+                loss = model(idx[:, :-1], idx[:, 1:])
+            loss.backward()
+            load = block.mixer.load if letter == "E" else torch.ones(1)
+            results.append([loss.detach(), load, *(p.grad for p in model.parameters())])
+        assert all(torch.equal(a, b) for a, b in list(zip(*results, strict=True))[:2])
+        assert fp4 or all(far(a, b) < 1e-5 for a, b in zip(*results, strict=True))
+        assert all((t != 0).any() for t in results[1])
+
+
+# ---------------------------------------------------------------- the papers' sizes
+
+def read_config(name):
+    settings, _ = read_settings([str(REPO / "configs" / f"{name}.py")], model_file.OWNERS, partial=True)
+    return ModelConfig(**settings)
+
+
+def parts(c):
+    """Numbers of a mixer of each kind, those that meet a token and those that do not, by the papers."""
+    C, inner, groups = c.n_embd, c.mamba_n_head * c.mamba_head_dim, 2 * 8 * 128
+    mamba = (C * (2 * inner + groups + c.mamba_n_head) + 5 * (inner + groups)   # in_proj; conv of 4, its bias
+             + 3 * c.mamba_n_head + inner + inner * C)                          # A, dt, D; norm; out_proj
+    attention = C * (c.n_head + 2 * c.n_kv_head) * 128 + c.n_head * 128 * C
+    expert, shared = 2 * C * c.n_ffn, 2 * C * 2 * c.n_ffn
+    return {"M": (mamba, 0), "*": (attention, 0), "-": (expert, 0),
+            "E": (C * c.moe_n_expert + c.moe_n_active * expert + shared,
+                  (c.moe_n_expert - c.moe_n_active) * expert)}
+
+
+@pytest.mark.parametrize(("name", "letters", "total", "active", "with_embedding"), [
+    ("hybrid_30b", (23, 23, 6, 0), 31.6, 3.2, 3.6), ("ngpt_hybrid_30b", (23, 23, 6, 0), 31.6, 3.2, 3.6),
+    ("nemotron_12b", (28, 0, 6, 28), 12.3, 11.6, 12.3), ("hybrid_600m", (6, 5, 1, 0), 0.59, 0.26, 0.40),
+    ("ngpt_hybrid_600m", (6, 5, 1, 0), 0.59, 0.26, 0.40)])
+def test_the_papers_sizes(name, letters, total, active, with_embedding):
+    """In billions, to the digits that the papers give; the parts of each count; and FLOPs, from the meta
+    device: 6 for each weight of a GEMM that a token meets, and the scans of Mamba and attention."""
+    c = read_config(name)
+    with torch.device("meta"):
+        model = build(c)
+    c = model.config
+    assert tuple(c.pattern.count(letter) for letter in "ME*-") == letters
+    embedding, extra = c.vocab_size * c.n_embd, 0
+    for block, letter in zip(model.blocks, c.pattern, strict=True):
+        scales = {"E": 3 * c.n_ffn, "-": c.n_ffn, "*": c.n_head * 128, "M": 0}[letter]
+        scales *= c.arch == "ngpt"
+        extra += scales + c.n_embd                  # of nGPT's s_u and s_qk; alpha, or the weights of a norm
+        assert sum(p.numel() for p in block.mixer.parameters()) - scales == sum(parts(c)[letter])
+        assert block.mixer.idle() == parts(c)[letter][1]
+    extra += c.vocab_size if c.arch == "ngpt" else c.n_embd                     # s_z, or the last norm
+    met, idle = (sum(parts(c)[letter][i] for letter in c.pattern) for i in (0, 1))
+    assert count_parameters(model) == (2 * embedding + met + idle + extra, embedding + met + extra)
+    digits = 2 if total < 1 else 1
+    assert [round(n / 1e9, digits) for n in (2 * embedding + met + idle + extra, embedding + met + extra,
+                                             2 * embedding + met + extra)] == [total, active, with_embedding]
+    T, L, inner = c.block_size, c.mamba_chunk, c.mamba_n_head * c.mamba_head_dim
+    no_gemm = 5 * (inner + 2048) + 3 * c.mamba_n_head + inner
+    scan = L * (1024 + inner) + 2 * inner * 128     # C B^T and its product with x; in and out of the states
+    assert flops_per_token(model) == (6 * (embedding + met) + letters[0] * 6 * (scan - no_gemm)
+                                      + letters[2] * 12 * c.n_head * 128 * T)
+
+
+@pytest.mark.parametrize(("name", "kept"), [
+    ("hybrid_30b", range(44, 52)), ("ngpt_hybrid_30b", range(44, 52)), ("hybrid_600m", ()),
+    ("ngpt_hybrid_600m", ()), ("nemotron_12b", (0, 1, *range(54, 62)))])
+def test_the_papers_layers_in_fp4(name, kept):
+    """All sizes fit the format; blocks in high precision are those of the papers, beside routers and head."""
+    c = train.load_config([str(REPO / "configs" / f"{name}.py")])
+    with torch.device("meta"):
+        model = build(c.model)
+    nvfp4.convert(model, c.fp4, report=lambda line: None)
+    for layer, m in model.named_modules():
+        if isinstance(m, torch.nn.Linear):
+            block = int(layer.split(".")[1]) if layer != "head" else None
+            assert isinstance(m, FP4Linear) == (
+                block is not None and block not in kept and "router" not in layer), layer
