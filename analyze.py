@@ -298,18 +298,22 @@ def record(model, batches, n_tokens, seed=0):
     depends on all that is in them.
     """
     generator, found, handles = torch.Generator().manual_seed(seed), {}, []
-
-    def keep(name, part, x, ends=None):
-        x = x.detach().flatten(0, -2).float()
-        how, mine = part.layer.cfg.operand("fprop.x", part.layer.keys, part.layer.signs), rows
-        if part.expert is not None:                 # its rows, but for the zeros that fill them up
-            start = ends[part.expert - 1] if part.expert else 0
-            mine = start + x[start:ends[part.expert]].any(1).nonzero().flatten()
-            mine = mine[torch.randperm(len(mine), generator=generator)[:len(rows)]]
-        found.setdefault(name, []).append([t[mine.to(t.device)] for t in as_multiplied(x, how)])
+    by_layer = {}
     for name, part in named_parts(model).items():
-        handles.append(part.layer.register_forward_pre_hook(
-            lambda layer, args, name=name, part=part: keep(name, part, *args)))
+        by_layer.setdefault(part.layer, []).append((name, part.expert))
+
+    def keep(layer, x, ends=None):
+        x = x.detach().flatten(0, -2).float()
+        pair = as_multiplied(x, layer.cfg.operand("fprop.x", layer.keys, layer.signs))
+        for name, expert in by_layer[layer]:
+            mine = rows
+            if expert is not None:                  # its rows, but for the zeros that fill them up
+                start = ends[expert - 1] if expert else 0
+                mine = start + x[start:ends[expert]].any(1).nonzero().flatten()
+                mine = mine[torch.randperm(len(mine), generator=generator)[:len(rows)]]
+            found.setdefault(name, []).append([t[mine.to(t.device)] for t in pair])
+    for layer in by_layer:
+        handles.append(layer.register_forward_pre_hook(lambda layer, args: keep(layer, *args)))
     with nvfp4.high_precision(model):
         for idx, _ in batches:
             rows = torch.randperm(idx.numel(), generator=generator)[:-(-n_tokens // len(batches))]
@@ -449,7 +453,10 @@ def analyse(folder, o):
     rows = {"layers": [], "terms": [], "channels": [], "noise": [
         kind | {"alpha": a, "growth": g} for a, g in zip((0, *ALPHAS), (0.0, *growth), strict=True)]}
     found = record(model, batches, o.tokens, o.seed)
-    for name in progress(parts, str(folder)):
+    idle = [name for name, (x, _) in found.items() if len(x) < 2]
+    if idle:
+        print(f"{folder}: {', '.join(idle)} met fewer than two tokens of the sample and are left out")
+    for name in progress([name for name in parts if name not in idle], str(folder)):
         here = kind | {"layer": name}
         probes, terms, channels = measure(parts[name], *found.pop(name), o.channels, o.seed)
         rows["layers"].append(here | whole | {"K": parts[name].layer.in_features} | probes)

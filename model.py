@@ -6,14 +6,15 @@ h + f(rmsnorm(h)), or the step on the hypersphere (nGPT), where the stream has n
 that enters a linear layer. The standard mixers stand first and are complete without nGPT; nGPT replaces the
 mixers, the rule and the head by normalized ones. A mixer alone knows its weights: which axis of theirs is the
 residual stream, how they begin, what they cost, and what it must remember from one token to the next. A new
-one is a class, and its letter in GPT.mixers and NGPT.mixers. Nothing here knows of 4 bits.
+one is a class, and its letter in GPT.mixers and NGPT.mixers. Nothing here knows of 4 bits, but that a mixture
+keeps its experts apart by multiples of 32.
 
 Letters
     B T C    batch, time (tokens), channels of the residual stream (n_embd)
     H G D    query heads, key/value heads (n_kv_head), channels of a head (head_dim)
     F V      hidden channels of the MLP (n_ffn), vocabulary
-    H P      of Mamba-2: heads and channels of a head
-    G N      groups of heads that share B and C, channels of the state; L tokens in a chunk
+    H P G N  in Mamba-2: heads, channels of a head, groups of heads, size of the state; B and C, there, are
+             what a token writes with and reads with, and L is the length of a chunk
     E K      experts, experts chosen for a token
     unit(x)  x / ||x|| along the last axis: Norm in the papers
 
@@ -153,7 +154,7 @@ class Scale(nn.Module):
         return self.weight * self.gain
 
 
-# ---------------------------------------------------------------- GPT
+# ---------------------------------------------------------------- mixers: attention and MLP
 
 class Mixer(nn.Module):
     """What a mixer tells of itself. Where its weights are linear layers, reads() and writes() are enough.
@@ -236,7 +237,8 @@ class Attention(Mixer):
         last block_size, whatever their number."""
         mask = None
         if state is not None:
-            k, v = (torch.cat([state[name], new], 2) if state else new for name, new in (("k", k), ("v", v)))
+            if state:
+                k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
             S, T = k.size(2), q.size(2)             # query i is token S - T + i of those there are
             age = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
             mask = (age >= 0) & (age < self.block_size)
@@ -255,11 +257,9 @@ class MLP(Mixer):
     The silu is on v, the second half of fc1's output; in Megatron's checkpoints it is on the first.
     """
 
-    def __init__(self, c, n_expert=None):
-        """n_expert: as many MLPs as one, for tokens that are sorted by expert."""
+    def __init__(self, c, linear=nn.Linear):
         super().__init__()
         self.swiglu = c.activation == "swiglu"
-        linear = nn.Linear if n_expert is None else functools.partial(ExpertLinear, n_expert)
         self.fc1 = linear(c.n_embd, c.n_ffn * (2 if self.swiglu else 1), bias=False)
         self.fc2 = linear(c.n_ffn, c.n_embd, bias=False)
 
@@ -276,8 +276,9 @@ class MLP(Mixer):
             return u * F.silu(v)
         return F.relu(hidden).square()
 
-    def forward(self, x, state=None, *groups):
-        return self.fc2(self.activate(self.fc1(x, *groups)), *groups)
+    def forward(self, x, state=None, *more):
+        """more: what the linear layers ask for beside x, as those of experts do."""
+        return self.fc2(self.activate(self.fc1(x, *more)), *more)
 
 
 # ---------------------------------------------------------------- Mamba-2
@@ -285,13 +286,13 @@ class MLP(Mixer):
 def ssm(x, dt, A, B, C, h=None):
     """The state space model of Mamba-2, one token at a time: its definition.
 
-        h <- exp(dt_t A) h + dt_t x_t B_t^T        a head's state (P, N), a sum of the past that fades
+        h <- exp(dt_t A) h + dt_t x_t B_t^T        a head's state (P, N), a sum of the past that decays
         y_t = h C_t
 
-    x (B, T, H, P)      inputs; dt (B, T, H) > 0 and A (H,) < 0 say how fast the past fades
-    B, C (B, T, G, N)   how a token is written and read; H / G heads share them
-    h (B, H, P, N)      the state before the first token; None: zeros
-    returns             y (B, T, H, P) and the last h
+    x (b, T, H, P)      inputs of a batch of b; dt (b, T, H) > 0, time steps, and A (H,) < 0 set the decay
+    B, C (b, T, G, N)   how a token is written and read; H / G heads share them
+    h (b, H, P, N)      the state before the first token; None: zeros
+    returns             y (b, T, H, P) and the last h
     source              2405.21060 section 2
     """
     B, C = (t.repeat_interleave(x.size(2) // t.size(2), 2) for t in (B, C))     # (B, T, H, N)
@@ -304,19 +305,26 @@ def ssm(x, dt, A, B, C, h=None):
     return torch.stack(y, 1), h
 
 
-def fading(a):
-    """exp(a_(j+1) + ... + a_i) for j <= i, what is left at i of what came in at j, and 0 for j > i:
-    (..., L) -> (..., L, L). Summed in fp64: the difference of two large sums is all that is left of them."""
-    total = a.double().cumsum(-1)
-    difference = (total[..., :, None] - total[..., None, :]).to(a.dtype)
+def running_sum(a):
+    """torch.cumsum along the last axis, of which GPUs have no deterministic one, in fp64: a difference of two
+    long sums in fp32 would lose its digits. (MPS has no fp64.)"""
+    high = torch.float32 if a.device.type == "mps" else torch.float64
+    ones = torch.ones(a.size(-1), a.size(-1), dtype=high, device=a.device)
+    return a.to(high) @ ones.triu()
+
+
+def decays(total, dtype):
+    """exp(a_(j+1) + ... + a_i) for j <= i, what is left at i of what came in at j, and 0 for j > i, from the
+    running sum of a: (..., L) -> (..., L, L). Also known as the exponential of the segment sum."""
+    difference = (total[..., :, None] - total[..., None, :]).to(dtype)
     return difference.masked_fill(torch.ones_like(difference, dtype=torch.bool).triu(1), -math.inf).exp()
 
 
 def ssm_chunked(x, dt, A, B, C, h=None, L=128):
     """The same by matrix products: ssm() unrolled within chunks of L tokens, and from chunk to chunk.
 
-    Within a chunk y_i = sum_(j<=i) (C_i . B_j) fade_ij dt_j x_j, like attention without a softmax. What a
-    chunk adds to the state is one product, too; and states fade from chunk to chunk as inputs do from token
+    Within a chunk y_i = sum_(j<=i) (C_i . B_j) decay_ij dt_j x_j, like attention without a softmax. What a
+    chunk adds to the state is one product, too; and states decay from chunk to chunk as inputs do from token
     to token. Subscripts: b batch, c chunk, i j tokens of a chunk, g group, r head of a group, p n the state.
     source: 2405.21060 section 6
     """
@@ -327,26 +335,28 @@ def ssm_chunked(x, dt, A, B, C, h=None, L=128):
     a = (dt * A).view(b, -1, L, G, H // G).permute(0, 1, 3, 4, 2)               # b c g r i
     x = (x * dt[..., None]).view(b, -1, L, G, H // G, P)                        # b c i g r p
     B, C = (t.view(b, -1, L, G, N) for t in (B, C))                             # b c i g n
-    fade = fading(a)                                                            # b c g r i j
-    within = torch.einsum("bcign,bcjgn->bcgij", C, B)[:, :, :, None] * fade
+    total = running_sum(a)
+    decay = decays(total, x.dtype)                                              # b c g r i j
+    within = torch.einsum("bcign,bcjgn->bcgij", C, B)[:, :, :, None] * decay
     y = torch.einsum("bcgrij,bcjgrp->bcigrp", within, x)
 
-    to_end = fade[..., -1, :].permute(0, 1, 4, 2, 3)[..., None]                 # b c j g r 1
+    to_end = decay[..., -1, :].permute(0, 1, 4, 2, 3)[..., None]                 # b c j g r 1
     added = torch.einsum("bcjgn,bcjgrp->bcgrpn", B, x * to_end)
     first = added.new_zeros(b, H, P, N) if h is None else h
     states = torch.cat([first.view(b, 1, G, H // G, P, N), added], 1)           # what each chunk adds
-    whole = F.pad(a.sum(-1).permute(0, 2, 3, 1), (1, 0))                        # b g r c
-    states = torch.einsum("bgrcd,bdgrpn->bcgrpn", fading(whole), states)        # what there is before each
-    since = a.cumsum(-1).exp().permute(0, 1, 4, 2, 3)[..., None]                # b c i g r 1
+    whole = running_sum(F.pad(total[..., -1].permute(0, 2, 3, 1), (1, 0)))      # b g r c
+    states = torch.einsum("bgrcd,bdgrpn->bcgrpn", decays(whole, x.dtype), states)   # there before each chunk
+    since = total.to(x.dtype).exp().permute(0, 1, 4, 2, 3)[..., None]           # b c i g r 1
     y = y + since * torch.einsum("bcign,bcgrpn->bcigrp", C, states[:, :-1])
     return y.reshape(b, -1, H, P)[:, :T], states[:, -1].reshape(b, H, P, N)
 
 
 class Mamba(Mixer):
-    """Mamba-2: a linear layer makes gate z, input x, B, C and time steps dt of each token; x, B and C pass a
-    short causal convolution; heads with a state each; D x beside it; a gated norm; a linear layer.
+    """Mamba-2: a linear layer makes gate z, input x, B, C and time step dt of each token; x, B and C pass a
+    short causal convolution and a silu; ssm(), with a state for each head; D x is added, so that a token also
+    goes straight through; y silu(z) is normalized in G groups; a linear layer.
 
-    State and decays are fp32, and so are the products with them. source: 2405.21060 section 7
+    All but the two linear layers is fp32. source: 2405.21060 section 7
     """
 
     def __init__(self, c):
@@ -371,18 +381,18 @@ class Mamba(Mixer):
 
     @torch.no_grad()
     def init_(self, std):
-        """Decays of 1 to 16 a unit of time, steps of 0.001 to 0.1 units: memories of ten to a thousand tokens
-        and more. source: 2405.21060's code"""
+        """-A from 1 to 16, dt from 0.001 to 0.1: memories of 1 / (-A dt) = 0.6 to 1,000 tokens. source:
+        2405.21060's code"""
         super().init_(std)
         bound = len(self.conv)**-0.5
         self.conv.uniform_(-bound, bound)
         self.conv_bias.uniform_(-bound, bound)
         self.A_log.uniform_(1, 16).log_()
-        dt = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp().clamp(min=1e-4)
+        dt = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp()
         self.dt_bias.copy_(dt + (-(-dt).expm1()).log())                         # softplus(dt_bias) = dt
 
     def flops(self, T):
-        """The scan too, as ssm_chunked() computes it."""
+        """ssm_chunked() too, but for its products from chunk to chunk, which are few."""
         L = min(self.L, T)
         products = L * (self.G * self.N + self.H * self.P) + 2 * self.H * self.P * self.N
         return super().flops(T) + 6 * products
@@ -422,7 +432,7 @@ def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Te
     """A product for each of E experts, expert e's tokens being ends[e - 1] to ends[e], of ends (E,) int32.
 
     a (M, K), b (E, N, K)   tokens are rows of a, each multiplied by its expert's b^T -> (M, N)
-    a (N, M), b (K, M)      tokens are summed: a product of columns, expert by expert -> (E, N, K)
+    a (N, M), b (K, M)      an expert's dw: the sum over its tokens of a's column times b's -> (E, N, K)
     """
     if a.is_cuda and a.dtype == torch.bfloat16:
         y = F.grouped_mm(a, b.mT, offs=ends)
@@ -466,47 +476,49 @@ class ExpertLinear(nn.Linear):
         return grouped_mm(x, self.weight.to(x.dtype), ends)
 
 
-def take(x, index):
+def gather(x, index):
     """Rows of x (n, C) at index (...), zeros where index is n."""
     return torch.where((index < len(x))[..., None], x[index.clamp(max=len(x) - 1)], 0)
 
 
 class Reorder(torch.autograd.Function):
-    """take(x, index (m,)), where row i of x goes to rows back[i] of the result: back (n, k), m for no row.
-    With that the backward is a gather as well, and adds up in one order on any device."""
+    """gather(x, index), and its reverse: row j of the result is row index[j] of x, and back[i] (k,) are the
+    rows of the result that row i of x went to, their number where it went to none. So the backward is a
+    gather as well, which adds up in one order on any device."""
 
     @staticmethod
     def forward(ctx, x, index, back):
         ctx.save_for_backward(back)
-        return take(x, index)
+        return gather(x, index)
 
     @staticmethod
     def backward(ctx, dy):
-        return take(dy, *ctx.saved_tensors).sum(1), None, None
+        return gather(dy, *ctx.saved_tensors).sum(1), None, None
 
 
 class MoE(Mixer):
-    """A mixture of experts: each token's K of E experts, MLPs, weighted by a router, and an expert for all.
+    """A mixture of experts: each token meets K of E MLPs, chosen and weighted by a router, and a shared one.
 
         s = sigmoid(W x)                            in fp32
         chosen = the K largest of s + bias
         y = shared(x) + sum_chosen scale s_e / (sum_chosen s) expert_e(x)
 
-    No token is dropped: tokens are sorted by expert, and all experts are one grouped GEMM. Each group begins
-    at a multiple of 32, filled up with zeros, so that no block of a 4-bit format holds two experts. bias
-    moves against the load after each step, by its sign alone; a loss on each sequence, E sum_e (share of
-    choices) (mean share of s), which the gradient sees but the reported loss does not, keeps s balanced.
+    No token is dropped: choices are sorted by expert, and all experts are one grouped GEMM. Two things spread
+    the load: after each step the bias of an expert with fewer tokens than the mean rises by moe_bias_rate,
+    that of others falls (2408.15664), so that it chooses but never weighs; and a loss on each sequence, E
+    sum_e (share of choices) (mean share of s), which the gradient sees and the reported loss does not.
     source: 2512.20848
     """
     mlp = MLP
-    multiple = 32
+    multiple = 32                                   # rows, zeros included, of an expert: no block of a 4-bit
+                                                    # format, of 16 or 32, is to hold tokens of two
 
     def __init__(self, c):
         super().__init__()
         self.E, self.K, self.scale = c.moe_n_expert, c.moe_n_active, c.moe_scale
         self.bias_rate, self.aux_loss = c.moe_bias_rate, c.moe_aux_loss
         self.router = nn.Linear(c.n_embd, self.E, bias=False)
-        self.experts = self.mlp(c, self.E)
+        self.experts = self.mlp(c, functools.partial(ExpertLinear, self.E))
         self.shared = self.mlp(replace(c, n_ffn=c.moe_n_ffn_shared))
         self.register_buffer("bias", torch.zeros(self.E))
         self.register_buffer("load", torch.zeros(self.E), persistent=False)     # choices since the last step
@@ -533,25 +545,27 @@ class MoE(Mixer):
             self.load += count.sum((0, 1))
             share = s / (s.sum(-1, keepdim=True) + 1e-20)
             aux = self.aux_loss * self.E * (count.mean(1) / self.K * share.mean(1)).sum(-1).mean()
-            self.aux = aux - aux.detach()
+            self.aux = aux - aux.detach()           # 0, with a gradient
         return chosen.flatten(0, 1), weights.flatten(0, 1)
 
     def sort(self, chosen):
         """chosen (n, K), the experts of each token -> the row of each choice among the sorted ones, (n, K);
-        the choice that each row serves, n K for none; and where the rows of each expert end, (E,) int32. How
-        many rows there are depends on n alone."""
-        slots = chosen.flatten()
-        count = F.one_hot(slots, self.E).sum(0)
-        room = (count + self.multiple - 1) // self.multiple * self.multiple
-        order = slots.argsort(stable=True)
-        expert = slots[order]
-        place = torch.arange(len(slots), device=slots.device) - (count.cumsum(0) - count)[expert]
-        rows = (room.cumsum(0) - room)[expert] + place
-        most = len(slots) + (self.multiple - 1) * min(self.E, len(slots))
+        the choice that each row serves, n K for none; and where the rows of each expert end, (E,) int32.
+
+        With a multiple of 2, choices of experts 1, 0, 1 serve rows 2, 0, 3, and rows are 1, -, 0, 2. How many
+        rows there are depends on n alone: nothing has to wait until the router is known.
+        """
+        choices = chosen.flatten()
+        count = F.one_hot(choices, self.E).sum(0)
+        padded = (count + self.multiple - 1) // self.multiple * self.multiple
+        order = choices.argsort(stable=True)
+        shift = (padded - count).cumsum(0) - (padded - count)                   # zeros before each expert
+        rows = torch.arange(len(order), device=order.device) + shift[choices[order]]
+        most = len(order) + (self.multiple - 1) * min(self.E, len(order))
         n_rows = most // self.multiple * self.multiple
-        row_of = torch.empty_like(slots).scatter(0, order, rows)
-        choice_of = torch.full((n_rows,), len(slots), device=slots.device).scatter(0, rows, order)
-        ends = room.cumsum(0).to(torch.int32)
+        row_of = torch.empty_like(order).scatter(0, order, rows)
+        choice_of = torch.full((n_rows,), len(order), device=order.device).scatter(0, rows, order)
+        ends = padded.cumsum(0).to(torch.int32)
         ends[-1] = n_rows                           # the zeros at the end are the last expert's
         return row_of.view_as(chosen), choice_of, ends
 
@@ -567,11 +581,13 @@ class MoE(Mixer):
         chosen, weights = self.route(x)
         row_of, choice_of, ends = self.sort(chosen)
         tokens = Reorder.apply(x.flatten(0, 1), choice_of // self.K, row_of)
-        y = self.experts(tokens, None, ends)
+        y = self.experts(tokens, None, ends)        # rows
         y = Reorder.apply(y, row_of.flatten(), choice_of[:, None]).view(*chosen.shape, -1)
         y = (y * weights[:, :, None]).sum(1)        # (B T, C)
         return self.shared(x) + y.view_as(x)
 
+
+# ---------------------------------------------------------------- GPT
 
 class PreNormBlock(nn.Module):
     """h <- h + f(rmsnorm(h))"""
@@ -630,14 +646,13 @@ class GPT(nn.Module):
             raise ValueError(f"{idx.size(1)} tokens must fit block_size={self.config.block_size}; crop them")
         h = self.embed(idx)                         # (B, T, C)
         for i, block in enumerate(self.blocks):
-            h = block(h) if state is None else block(h, state[i])
-        if targets is None:
-            return self.logits(h)
-        loss = self.loss(h, targets)
+            h = block(h, state and state[i])
+        found = self.logits(h) if targets is None else self.loss(h, targets)
         for block in self.blocks:
-            if block.mixer.aux is not None:
-                loss, block.mixer.aux = loss + block.mixer.aux, None
-        return loss
+            aux, block.mixer.aux = block.mixer.aux, None
+            if aux is not None and targets is not None:
+                found = found + aux
+        return found
 
     def normalize_(self):
         """Called after every optimizer step: a standard transformer has nothing to normalize."""
@@ -676,28 +691,29 @@ class NormalizedAttention(Attention):
 class NormalizedMLP(MLP):
     """The hidden is rescaled by s_u sqrt(C), since a product of unit vectors is about 1/sqrt(C), and made a
     unit vector before fc2. In SwiGLU u gets s_u and v, inside the silu, s_v sqrt(C). source: 2605.06067
-    appendix A. All experts of a mixture share their s_u.
+    appendix A. The experts of a mixture share one s_u; the shared expert, of another width, has its own.
     """
 
-    def __init__(self, c, n_expert=None):
-        super().__init__(c, n_expert)
+    def __init__(self, c, linear=nn.Linear):
+        super().__init__(c, linear)
         self.normalize_inputs = c.normalize_inputs
         self.s_u = Scale(c.n_ffn, init=1.0, stored=1.0)
         self.s_v = Scale(c.n_ffn, init=1.0, stored=1.0) if self.swiglu else None
         self.root = math.sqrt(c.n_embd)
 
-    def forward(self, x, state=None, *groups):
-        hidden = self.fc1(x, *groups)
+    def forward(self, x, state=None, *more):
+        hidden = self.fc1(x, *more)
         if self.swiglu:
             scale = torch.cat([self.s_u(), self.s_v() * self.root])
         else:
             scale = self.s_u() * self.root
         hidden = self.activate((hidden * scale).to(hidden.dtype))
-        return self.fc2(unit(hidden) if self.normalize_inputs else hidden, *groups)
+        return self.fc2(unit(hidden) if self.normalize_inputs else hidden, *more)
 
 
 class NormalizedMamba(Mamba):
-    """Mamba-2 with a unit vector into out_proj; the gated norm, whose groups have one scale each, stays."""
+    """Mamba-2 with a unit vector into out_proj. The gated norm stays, but at the start its eps, 1e-5, is as
+    large as what it normalizes: in_proj's outputs are cosines, about 1 / sqrt(C)."""
 
     def __init__(self, c):
         super().__init__(c)
@@ -709,7 +725,7 @@ class NormalizedMamba(Mamba):
 
 
 class NormalizedMoE(MoE):
-    """Experts and the shared expert are normalized MLPs; the router, which is no place for 4 bits, is not."""
+    """Experts and the shared expert are normalized MLPs; the router is not normalized."""
     mlp = NormalizedMLP
 
 
@@ -801,11 +817,11 @@ def describe(config):
     """The model in text, from the meta device: nothing is allocated, so any size will do."""
     model = outline(config)
     c, (total, active) = model.config, count_parameters(model)
-    idle = " and experts that a token does not meet" if "E" in c.pattern else ""
+    embedding = model.embed.weight.numel()
     pattern = c.pattern if len(c.pattern) <= 60 else c.pattern[:57] + "..."
     lines = [f"{c.arch}  {pattern}  C={c.n_embd} H={c.n_head} G={c.n_kv_head} D={c.head_dim} F={c.n_ffn} "
              f"V={c.vocab_size} T={c.block_size}",
-             f"parameters     {total:,} ({active:,} without the embedding{idle})",
+             f"parameters     {total:,} ({active:,} active; {active + embedding:,} with the embedding)",
              f"FLOPs/token    {flops_per_token(model):.3g} (forward + backward)",
              f"training state {16 * total / 2**30:.2f} GiB (fp32 weights, gradients, two Adam moments)", "",
              f"{'linear layer':28s} {'out':>8s} {'in':>8s} {'weights':>14s}"]

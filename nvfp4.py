@@ -59,6 +59,9 @@ Training a linear layer takes three GEMMs, fprop, dgrad and wgrad. Each of its t
 takes part in two of them, once along its rows and once along its columns. Which rounding, block, rotation and
 tensor scale each of these six operands gets is a recipe (see RECIPES): plain data.
 
+A mixture of experts has such a layer for each expert, and each token meets but a few. Their tokens are sorted
+by expert and quantized as one matrix; only the products are made expert by expert.
+
 In quantize() and matmul() K is the axis that is summed. In the layer M counts tokens, K input channels and N
 output channels. Sources: arXiv 2509.25149 (the format and NVIDIA's recipe), 2605.06067 (nGPT's recipe).
 
@@ -559,7 +562,7 @@ class FP4Config:
         signs   (16,) of the rotation, where they are at hand
         result  dtype of the GEMM's result: a chip without FP4 units wants its operands Decoded; None: packed
                 on any chip, as what is kept for the backward
-        experts whether it is a grouped GEMM, which no chip does on packed operands yet
+        experts whether it is a grouped GEMM, which is not done on packed operands here
         """
         gemm_name, matrix = name.split(".")
         if gemm_name not in self.gemms:
@@ -623,7 +626,8 @@ def describe_operand(cfg, name):
 # ---------------------------------------------------------------- the three GEMMs of a linear layer
 # x (M, K) of M tokens, w (N, K) and dy (M, N) come as Both: quantized along rows and along columns.
 # In a layer of E experts the tokens are sorted by expert, and each one's begin at a multiple of the block: so
-# all are quantized as one matrix, and w as (E N, K), and only the products are made expert by expert.
+# all are quantized as one matrix, and w as (E N, K), and only the products are made expert by expert, which
+# end at ends.
 
 def fprop(x, w, dtype, ends=None):
     """y = x w^T (M, N): sums over K, the input channels.
@@ -653,6 +657,11 @@ def wgrad(dy, x, dtype, ends=None):
     return matmul(dy.columns, x.columns, dtype, ends)
 
 
+def fill_up(x, columns, rows=0):
+    """x with so many columns and rows of zeros more, which add nothing to a sum."""
+    return F.pad(x, (0, columns, 0, rows)) if columns or rows else x
+
+
 class FP4Function(torch.autograd.Function):
     """The layer for autograd: fprop in the forward, dgrad and wgrad in the backward. What is kept of x in
     between is x.columns: 4.5 bits a value where wgrad is in FP4."""
@@ -660,12 +669,13 @@ class FP4Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, quantized_w, keys, signs, cfg, ends):
         """y (M, N) of x (M, K) and the master weight w (N, K), with Both of w; the rest as in FP4Linear."""
-        needs_dw, experts = ctx.needs_input_grad[1], ends is not None
+        needs_dw, experts, N = ctx.needs_input_grad[1], ends is not None, w.shape[-2]
         for_wgrad = cfg.operand("wgrad.x", keys, signs) if needs_dw else None
         quantized_x = quantize_both(x, cfg.operand("fprop.x", keys, signs, x.dtype, experts), for_wgrad)
-        ctx.cfg, ctx.w_dtype = cfg, w.dtype
+        ctx.cfg, ctx.w_dtype, ctx.padding = cfg, w.dtype, quantized_w.rows.shape[-2] - N
         save(ctx, keys, signs, ends, quantized_w.columns, *([quantized_x.columns] if needs_dw else []))
-        return fprop(quantized_x, quantized_w, x.dtype, ends)
+        y = fprop(quantized_x, quantized_w, x.dtype, ends)
+        return y[:, :N].contiguous() if ctx.padding else y
 
     @staticmethod
     def backward(ctx, dy):
@@ -674,9 +684,11 @@ class FP4Function(torch.autograd.Function):
         cfg, experts, (needs_dx, needs_dw, *_) = ctx.cfg, ends is not None, ctx.needs_input_grad
         for_dgrad = cfg.operand("dgrad.dy", keys, signs, dy.dtype, experts) if needs_dx else None
         for_wgrad = cfg.operand("wgrad.dy", keys, signs, ctx.w_dtype, experts) if needs_dw else None
-        quantized_dy = quantize_both(dy, for_dgrad, for_wgrad)
+        quantized_dy = quantize_both(fill_up(dy, ctx.padding), for_dgrad, for_wgrad)
         dx = dgrad(quantized_dy, Both(None, w_columns), dy.dtype, ends) if needs_dx else None
         dw = wgrad(quantized_dy, Both(None, *x_columns), ctx.w_dtype, ends) if needs_dw else None
+        if needs_dw and ctx.padding:
+            dw = dw[..., :-ctx.padding, :]
         return dx, dw, None, None, None, None, None
 
 
@@ -695,7 +707,8 @@ def layer_keys(seed, step, micro_batch, layer):
 
 class FP4Linear(torch.nn.Linear):
     """nn.Linear whose GEMMs run in a 4-bit format; same parameters and state_dict. convert() makes them, also
-    from a subclass for E experts: weight (E, N, K), and forward(x, ends) as grouped() describes it.
+    from a subclass for E experts: weight (E, N, K), and forward(x, ends) as grouped() describes it, each ends
+    a multiple of the block. Any N will do: it is filled up with zeros.
 
     The fp32 master weight is quantized when it has changed, once per optimizer step, and serves every
     micro-batch. Changes through weight.data, or by a CUDA graph that is replayed, go unnoticed until set_step
@@ -717,12 +730,11 @@ class FP4Linear(torch.nn.Linear):
         self.keys = layer_keys(0, 0, 0, index).to(linear.weight.device)
         self.signs = rotation_signs("none" if cfg.signs == "none" else "fixed", None, self.keys)
         check_size("K", self.in_features, FORMATS[cfg.format].block, cfg.format)
-        check_size("N", self.out_features, FORMATS[cfg.format].block, cfg.format)
 
     def quantize_weight(self):
-        """The weight as Both, as the recipe wants fprop.w and dgrad.w."""
-        experts = self.weight.dim() == 3
-        both = quantize_both(self.weight.detach().flatten(0, -2), *(
+        """The weight as Both, as the recipe wants fprop.w and dgrad.w; N filled up to the block."""
+        experts, padding = self.weight.dim() == 3, -self.out_features % FORMATS[self.cfg.format].block
+        both = quantize_both(fill_up(self.weight.detach(), 0, padding).flatten(0, -2), *(
             self.cfg.operand(name, self.keys, self.signs, torch.bfloat16, experts)
             for name in ("fprop.w", "dgrad.w")))
         return by_expert(both, len(self.weight)) if experts else both
@@ -924,7 +936,7 @@ def gemm_dtype(device, out_dtype):
 
 def grouped_gemm(a, b, alpha, dtype, ends):
     """gemm() of a and b^T, or for each expert, as grouped() says. On GPUs torch has one GEMM for y and dx in
-    bf16, which are rounded once more there, when alpha is applied; all else is a loop."""
+    bf16, which are rounded once more there, when alpha is applied; all else is a loop and waits for ends."""
     if ends is not None and b.dim() == 3 and a.is_cuda and dtype == torch.bfloat16:
         return scale_result(F.grouped_mm(a, b.mT, offs=ends), alpha, dtype)
     return grouped(lambda a, b: gemm(a, b.t(), alpha, dtype), a, b, ends)

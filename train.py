@@ -408,7 +408,6 @@ def meet(c):
                         f"the {ranks.world} ranks, which share them")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     else:
         keep_memory()
     ranks.join(device)
@@ -680,7 +679,7 @@ class Log:
 def introduce(run, converted):
     """What is about to run, and on what."""
     c, (total, active) = run.c, count_parameters(run.model)
-    run.log(f"{c.model.arch} with {total:,} parameters ({active:,} without the embedding), "
+    run.log(f"{c.model.arch} with {total:,} parameters ({active:,} active), "
             f"recipe {c.recipe}, {str(run.dtype).removeprefix('torch.')} activations")
     run.log(nvfp4.capability(run.device, c.fp4.format))
     run.log(converted)

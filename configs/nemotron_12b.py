@@ -1,8 +1,8 @@
-# torchrun --nproc_per_node=8 train.py configs/nemotron_12b.py
+# python model.py configs/nemotron_12b.py    (to train it takes sharding, which is not here yet)
 # The 12B Mamba-2 hybrid of 2509.25149, trained on 10T tokens in NVFP4: 28 Mamba-2, 28 MLP and 6 attention
 # mixers, no positions; the first 2 and the last 8 mixers in high precision. Heads of Mamba have 80 channels
-# in the model that was released; the paper says 64.
-# 736 sequences * 8192 tokens = 6.03e6 tokens a step; 1,658,572 steps = 1e13 tokens.
+# in the model that was released; the paper says 64. It names no warm-up and no initial std: none, and 0.02.
+# 736 sequences * 8192 tokens = 6.03e6 tokens a step; 1,658,564 steps = 1e13 tokens.
 arch = "gpt"
 recipe = "nvfp4"
 fp4_head_blocks = 2
@@ -22,7 +22,7 @@ mamba_head_dim = 80
 
 batch_size = 1
 gradient_accumulation_steps = 736
-max_steps = 1658572
+max_steps = 1658564
 learning_rate = 4.5e-4
 min_lr = 4.5e-6
 decay_fraction = 0.2

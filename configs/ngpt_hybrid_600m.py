@@ -1,6 +1,7 @@
 # torchrun --nproc_per_node=8 train.py configs/ngpt_hybrid_600m.py
 # The small Mamba-2 + MoE hybrid of 2605.06067, normalized: 6 Mamba-2, 5 MoE and an attention mixer, no
-# positions, about 590M parameters of which 400M meet a token, nGPT's recipe with all layers in FP4.
+# positions, about 590M parameters, of which 400M, the embedding included, are active, nGPT's recipe with all
+# layers in FP4. The shared expert's width, 3072, is what makes those sums.
 # 64 sequences * 8192 tokens = 524,288 tokens a step; 68,665 steps = 36e9 tokens.
 arch = "ngpt"
 recipe = "ngpt"

@@ -20,7 +20,7 @@ import oracle  # noqa: E402
 import train  # noqa: E402
 from configs.config import read_settings  # noqa: E402
 from model import (ExpertLinear, ModelConfig, MoE, build, count_parameters, flops_per_token,  # noqa: E402
-                   generate, ssm, ssm_chunked, take, unit)
+                   gather, generate, ssm, ssm_chunked, unit)
 from nvfp4 import FORMATS, OPERANDS, RECIPES, FP4Config, FP4Linear, quantize  # noqa: E402
 
 # every size a multiple of 16, as FP4 wants it: in_proj makes 128 z, 128 + 2 * 64 x B C and 16 dt
@@ -532,7 +532,7 @@ def sorted_batch(sizes, K=64, N=96):
     mixer = make_mixer("E", moe_n_expert=len(sizes), moe_n_active=1)
     _, choice_of, ends = mixer.sort(chosen[torch.randperm(len(chosen))])
     x, dy = unit(torch.randn(sum(sizes), K)), torch.randn(sum(sizes), N)
-    return take(x, choice_of), take(dy, choice_of), ends
+    return gather(x, choice_of), gather(dy, choice_of), ends
 
 
 def expert_layer(cfg, E=5, K=64, N=96, index=5):
@@ -656,7 +656,7 @@ def test_no_block_holds_tokens_of_two_experts():
     for multiple, apart in ((32, True), (8, False)):
         mixer.multiple = multiple
         row_of, choice_of, ends = mixer.sort(chosen)
-        x, dy = (take(t, choice_of) for t in (unit(torch.randn(32, 64)), torch.randn(32, 96)))
+        x, dy = (gather(t, choice_of) for t in (unit(torch.randn(32, 64)), torch.randn(32, 96)))
         mine = (choice_of < 5)[:, None]
         a = run(layer, x, dy, ends)
         b = run(layer, torch.where(mine, x * 0.5 + 0.1, x), torch.where(mine, dy - dy.sign(), dy), ends)
@@ -827,12 +827,15 @@ def test_the_papers_sizes(name, letters, total, active, with_embedding):
 
 @pytest.mark.parametrize(("name", "kept"), [
     ("hybrid_30b", range(44, 52)), ("ngpt_hybrid_30b", range(44, 52)), ("hybrid_600m", ()),
-    ("ngpt_hybrid_600m", ()), ("nemotron_12b", (0, 1, *range(54, 62)))])
+    ("ngpt_hybrid_600m", ()), ("nemotron_12b", (0, 1, *range(54, 62))), ("hybrid_tiny", (7,)),
+    ("ngpt_hybrid_tiny", ())])
 def test_the_papers_layers_in_fp4(name, kept):
     """All sizes fit the format; blocks in high precision are those of the papers, beside routers and head."""
     c = train.load_config([str(REPO / "configs" / f"{name}.py")])
     with torch.device("meta"):
         model = build(c.model)
+    for recipe in nvfp4.RECIPES.values():           # all that there are accept its sizes
+        nvfp4.convert(copy.deepcopy(model), recipe, report=lambda line: None)
     nvfp4.convert(model, c.fp4, report=lambda line: None)
     for layer, m in model.named_modules():
         if isinstance(m, torch.nn.Linear):

@@ -125,9 +125,9 @@ def test_normalizing_the_gemm_inputs_changes_nothing_but_their_range():
     idx = tokens()
     assert close(without(idx), with_norms(idx), 1e-5)
     for block in without.blocks:                    # control: without that last norm the two differ
-        block.forward = lambda h, block=block: unit(h + block.alpha().abs() * (block.mixer(h) - h))
+        block.forward = lambda h, _, block=block: unit(h + block.alpha().abs() * (block.mixer(h) - h))
     for block in with_norms.blocks:
-        block.forward = lambda h, block=block: unit(h + block.alpha().abs() * (block.mixer(h) - h))
+        block.forward = lambda h, _, block=block: unit(h + block.alpha().abs() * (block.mixer(h) - h))
     assert not close(without(idx), with_norms(idx), 1e-3)
 
 
