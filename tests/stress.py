@@ -298,7 +298,7 @@ def checkpoints(bench, n):
 VALUES = ("", "-1", "0", "1", "2", "3", "7", "16", "0.5", "-0.5", "1e-30", "1e10", "1e40", "1e300", "1e308",
           "1e400", "nan", "inf", "-inf", "None", "True", "maybe", "[]", "fprop", "*-", "-", "*" * 5000,
           "A" * 300, "A" * 5000, "9" * 5000, str(10**10), str(10**18), str(2**63), str(2**64), str(10**40),
-          "a,b", "a\nb", "\udcff", "../..", "/dev/null", "gpt", "bf16", "nvfp4", "\u00e9")
+          "a,b", "a\nb", "\udcff", "../..", "/dev/null", "gpt", "bf16", "nvfp4", "\u00e9", "ME*-")
 PYTHON = ("1", "-1", "10**40", "10**5000", "float('nan')", "1e308", "'x'", "None", "[1, 2]", "{}",
           "__import__('numpy').ones(3)", "__import__('numpy').float64(2)", "__import__('sys').exit()",
           "type('T', (), {'__repr__': lambda s: 1 / 0})()", "'a' * 10**6", "b'x'", "2.5", "(", "'\\0'",
