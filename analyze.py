@@ -51,7 +51,8 @@ import nvfp4
 import train
 from assets.figures import curves, draw
 from configs.config import UserError
-from data.tokens import DataError, batch_at, load_data, val_starts
+from data.files import command, naming, read_json, write_json
+from data.tokens import batch_at, load_data, val_starts
 from nvfp4 import FORMATS, RECIPES, hadamard, quantize
 from train import OWN_RECIPE
 
@@ -398,10 +399,13 @@ def by_channel(m):
 
 def read_run(folder):
     """A run folder: {run, kind: {arch, width, recipe, seed}, config, steps, evaluations: rows of its log}."""
-    config = json.loads((Path(folder) / "config.json").read_text())
-    rows = train.read_metrics(folder)
-    arch, width, recipe, seed = (config[k] for k in ("arch", "n_embd", "recipe", "seed"))
-    kind = {"arch": arch, "width": width, "recipe": recipe, "seed": seed}
+    path = Path(folder) / "config.json"
+    config, rows = read_json(path), train.read_metrics(folder)
+    try:
+        c = train.unflatten(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    kind = {"arch": c.model.arch, "width": c.model.n_embd, "recipe": c.recipe, "seed": c.seed}
     return {"run": str(folder), "kind": kind, "config": config, "steps": [r for r in rows if "loss" in r],
             "evaluations": [r for r in rows if "val_loss" in r]}
 
@@ -414,6 +418,8 @@ def read_runs(folders):
     recipes may differ, or what does not matter."""
     runs = sorted(map(read_run, folders), key=lambda r: list(r["kind"].values()))
     for a, b in itertools.combinations(runs, 2):
+        if a["kind"] == b["kind"]:
+            raise UserError(f"{a['run']} and {b['run']} are of one kind and seed; give one of them")
         free = NO_MATTER if a["kind"]["recipe"] == b["kind"]["recipe"] else (*NO_MATTER, "recipe", "fp4_")
         differ = [k for k, v in a["config"].items() if b["config"].get(k) != v and not k.startswith(free)]
         if differ and all(a["kind"][k] == b["kind"][k] for k in ("arch", "width")):
@@ -504,10 +510,11 @@ def table(rows, columns):
 def write(o, name, results, panels=()):
     """<out_dir>/<name>.json, numbers to 6 digits and null for NaN, and <out_dir>/<name>.png of panels."""
     path = Path(o.out_dir) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(json.dumps({"options": vars(o), **results}), parse_constant=lambda _: None,
                          parse_float=lambda digits: float(f"{float(digits):.6g}"))
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(path, results)
     print(f"\nwrote {path}")
     if panels:
         draw(path.with_suffix(".png"), panels)
@@ -625,6 +632,9 @@ def losses(folders, o, _):
         twin = next((t for t in runs if t["kind"] == r["kind"] | {"recipe": "bf16"}), None)
         if twin is r:
             continue
+        for run in (r, twin or r):
+            if not run["steps"] or not run["evaluations"]:
+                raise UserError(f"{run['run']}: metrics.jsonl must hold steps and evaluations; let it run on")
         if not twin or len(twin["steps"]) != len(r["steps"]):
             raise UserError(f"{r['run']}: give its bf16 twin too, the same but for --recipe=bf16, as long")
         bf16, last = twin["evaluations"][-1]["val_loss"], r["evaluations"][-1]
@@ -654,6 +664,9 @@ def losses(folders, o, _):
 def training(arch, recipe, name, o, flags, parts=(1,)):
     """Train a run in a folder of its own, silently; yields (folder, last evaluation) whenever one of these
     parts of its steps is done."""
+    own = [flag for flag in flags if flag.lstrip("-").partition("=")[0] in ("stop_at", "resume")]
+    if own:
+        raise UserError(f"{own[0]}: {name.partition('_')[0]} stops and resumes by itself; leave it out")
     c = train.load_config([f"configs/{arch}_{o.config}.py", *flags, f"--recipe={recipe}", f"--seed={o.seed}",
                            "--sample_tokens=0", f"--out_dir={o.out_dir}/{name}_{arch}_{recipe}"])
     for part in progress(parts, f"{name} {arch} {recipe}"):
@@ -669,9 +682,7 @@ def lr(_, o, flags):
         recipe = OWN_RECIPE[arch] if recipe == "fp4" else recipe
         try:
             (_, found), = training(arch, recipe, f"lr_{rate}", o, [*flags, f"--learning_rate={rate}"])
-        except UserError as error:                  # a rate that is too high is a result too
-            if "gradient norm" not in str(error):
-                raise
+        except train.Diverged:                      # a rate that is too high is a result too
             found = {}
         loss = found.get("val_loss" if recipe == "bf16" else "val_loss_fp4", math.nan)
         rows.append({"arch": arch, "recipe": recipe, "rate": float(rate), "loss": loss})
@@ -726,6 +737,7 @@ def quant(_, o, flags):
 COMMANDS = {"losses": losses, "lr": lr, "onelayer": onelayer, "quant": quant}
 
 
+@command("analyze.py")
 def main(argv):
     parser = argparse.ArgumentParser("analyze.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -740,18 +752,16 @@ def main(argv):
         parser.add_argument(f"--{name}", default=default, type=type(default), help=f"{what} ({default})")
     o, flags = parser.parse_known_args(argv)
     words = vars(o).pop("words")
-    command = COMMANDS.get(words[0], compare)
-    folders = words if command is compare else words[1:]
+    work = COMMANDS.get(words[0], compare)
+    folders = words if work is compare else words[1:]
+    if flags and work not in (lr, onelayer):
+        raise UserError(f"{flags[0]}: no such option; python analyze.py -h lists them")
+    if bool(folders) != (work in (compare, losses)):
+        raise UserError(f"{words[0]} takes {'run folders' if work is losses else 'no run folder'}")
+    if min(o.tokens - 1, o.channels, o.seed + 1) < 1 or max(o.tokens, o.channels) > 10**9 or o.seed >= 2**63:
+        raise UserError("--tokens must be in [2, 10^9], --channels in [1, 10^9] and --seed in [0, 2^63)")
     try:
-        if flags and command not in (lr, onelayer):
-            raise UserError(f"{flags[0]}: no such option; python analyze.py -h lists them")
-        if bool(folders) != (command in (compare, losses)):
-            raise UserError(f"{words[0]} takes {'run folders' if command is losses else 'no run folder'}")
-        if min(o.tokens - 1, o.channels, o.seed + 1) < 1:
-            raise UserError("--tokens must be 2 or more, --channels 1 or more and --seed 0 or more")
-        command(folders, o, flags)
-    except (UserError, DataError, OSError) as error:
-        sys.exit(f"analyze.py: {error}")
+        work(folders, o, flags)
     except ModuleNotFoundError as error:            # drawing comes last: all else is written
         if error.name != "matplotlib":
             raise

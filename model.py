@@ -28,15 +28,18 @@ import functools
 import itertools
 import math
 import sys
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configs.config import UserError, help_fields, read_settings, unflatten
+from configs.config import (Count, NotNegative, Positive, Size, UserError, help_fields, read_settings,
+                            unflatten)
+from data.files import command
 from data.tokens import data_folder, load_tokenizer
 
 # ---------------------------------------------------------------- config
@@ -45,47 +48,47 @@ from data.tokens import data_folder, load_tokenizer
 @dataclass(frozen=True)
 class ModelConfig:
     arch: Literal["gpt", "ngpt"] = "ngpt"           # gpt: pre-norm transformer; ngpt: normalized transformer
-    n_layer: int = 4                                # transformer layers, each "*-", where pattern is None
+    n_layer: Annotated[int, 1, 1000] = 4            # transformer layers, each "*-", where pattern is None
     pattern: str | None = None                      # letters of GPT.mixers in order; None: "*-" * n_layer
-    n_embd: int = 256                               # channels of the residual stream
-    n_head: int = 4                                 # query heads
-    n_kv_head: int | None = None                    # key/value heads (GQA); None: n_head
-    head_dim: int | None = None                     # channels of a head; None: n_embd / n_head
-    n_ffn: int | None = None                        # hidden channels of the MLP; None: 4 * n_embd
+    n_embd: Size = 256                              # channels of the residual stream
+    n_head: Size = 4                                # query heads
+    n_kv_head: Size | None = None                   # key/value heads (GQA); None: n_head
+    head_dim: Size | None = None                    # channels of a head; None: n_embd / n_head
+    n_ffn: Size | None = None                       # hidden channels of the MLP; None: 4 * n_embd
     activation: Literal["relu2", "swiglu"] = "relu2"  # relu2: relu(x)^2; swiglu: u * silu(v)
-    block_size: int = 256                           # tokens of context
-    vocab_size: int | None = None                   # None: that of the dataset
-    rope_base: float = 10000.0                      # base of the rotary positions; 0: no positions
-    init_std: float | None = None                   # of weights; None: 0.02 (gpt) or 1/sqrt(n_embd) (ngpt)
+    block_size: Count = 256                         # tokens of context
+    vocab_size: Annotated[int, 1, 2**32] | None = None  # None: that of the dataset
+    rope_base: NotNegative = 10000.0                # base of the rotary positions; 0: no positions
+    init_std: Positive | None = None                # of weights; None: 0.02 (gpt) or 1/sqrt(n_embd) (ngpt)
     normalize_inputs: bool = True                   # ngpt: unit-norm inputs for output projections as well
-    s_z_init: float = 1.0                           # ngpt: what multiplies the cosines, at the start
-    alpha_init: float = 0.05                        # ngpt: size of a step on the sphere, at the start
+    s_z_init: Positive = 1.0                        # ngpt: what multiplies the cosines, at the start
+    alpha_init: Positive = 0.05                     # ngpt: size of a step on the sphere, at the start
     # Mamba-2
-    mamba_n_head: int | None = None                 # heads; None: 2 * n_embd / mamba_head_dim
-    mamba_head_dim: int = 64                        # channels of a head
-    mamba_n_group: int = 8                          # groups of heads that share B and C
-    mamba_n_state: int = 128                        # channels of a head's state
-    mamba_conv: int = 4                             # tokens that the convolution sees
-    mamba_chunk: int = 128                          # tokens in a chunk: speed and memory, not the result
+    mamba_n_head: Size | None = None                # heads; None: 2 * n_embd / mamba_head_dim
+    mamba_head_dim: Size = 64                       # channels of a head
+    mamba_n_group: Size = 8                         # groups of heads that share B and C
+    mamba_n_state: Size = 128                       # channels of a head's state
+    mamba_conv: Size = 4                            # tokens that the convolution sees
+    mamba_chunk: Size = 128                         # tokens in a chunk: speed and memory, not the result
     # mixture of experts, each an MLP with n_ffn hidden channels
-    moe_n_expert: int = 8                           # experts that tokens are routed to
-    moe_n_active: int = 2                           # experts of a token
-    moe_n_ffn_shared: int | None = None             # hidden channels of the shared expert; None: 2 * n_ffn
-    moe_scale: float = 2.5                          # what the routing weights of a token sum up to
-    moe_bias_rate: float = 1e-3                     # a step of the router's bias, against the load
-    moe_aux_loss: float = 1e-4                      # weight of the balance loss of a sequence
+    moe_n_expert: Size = 8                          # experts that tokens are routed to
+    moe_n_active: Size = 2                          # experts of a token
+    moe_n_ffn_shared: Size | None = None            # hidden channels of the shared expert; None: 2 * n_ffn
+    moe_scale: NotNegative = 2.5                    # what the routing weights of a token sum up to
+    moe_bias_rate: NotNegative = 1e-3               # a step of the router's bias, against the load
+    moe_aux_loss: NotNegative = 1e-4                # weight of the balance loss of a sequence
 
     def resolve(self):
         """The config with every None that depends on other fields filled in; checks that the sizes fit."""
         if not self.vocab_size:
-            raise ValueError("vocab_size=None must be a number to build a model; set it")
+            raise UserError("vocab_size=None must be a number to build a model; set it")
         for name in ("n_layer", "n_embd", "n_head", "block_size", "n_kv_head", "head_dim", "n_ffn",
                      "mamba_n_head", "mamba_head_dim", "mamba_n_group", "mamba_n_state", "mamba_conv",
                      "mamba_chunk", "moe_n_expert", "moe_n_active", "moe_n_ffn_shared"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+                raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.head_dim is None and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}; or set "
+            raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}; or set "
                              "head_dim")
         n_ffn = self.n_ffn or 4 * self.n_embd
         c = replace(self,
@@ -97,21 +100,21 @@ class ModelConfig:
                     mamba_n_head=self.mamba_n_head or max(1, 2 * self.n_embd // self.mamba_head_dim),
                     init_std=self.init_std or (0.02 if self.arch == "gpt" else self.n_embd**-0.5))
         if c.init_std <= 0 or c.rope_base < 0:
-            raise ValueError(f"init_std={c.init_std} must be > 0 and rope_base={c.rope_base} >= 0")
+            raise UserError(f"init_std={c.init_std} must be > 0 and rope_base={c.rope_base} >= 0")
         if not 0 < c.s_z_init < math.inf or not 0 < c.alpha_init < math.inf:
-            raise ValueError(f"s_z_init={c.s_z_init} and alpha_init={c.alpha_init} must be positive numbers")
+            raise UserError(f"s_z_init={c.s_z_init} and alpha_init={c.alpha_init} must be positive numbers")
         if c.n_head % c.n_kv_head:
-            raise ValueError(f"n_head={c.n_head} must be a multiple of n_kv_head={c.n_kv_head}")
+            raise UserError(f"n_head={c.n_head} must be a multiple of n_kv_head={c.n_kv_head}")
         if "M" in c.pattern and c.mamba_n_head % c.mamba_n_group:
-            raise ValueError(f"mamba_n_head={c.mamba_n_head} must be a multiple of "
-                             f"mamba_n_group={c.mamba_n_group}")
+            raise UserError(f"mamba_n_head={c.mamba_n_head} must be a multiple of "
+                            f"mamba_n_group={c.mamba_n_group}")
         if c.moe_n_active > c.moe_n_expert:
-            raise ValueError(f"moe_n_active={c.moe_n_active} must be moe_n_expert={c.moe_n_expert} at most")
+            raise UserError(f"moe_n_active={c.moe_n_active} must be moe_n_expert={c.moe_n_expert} at most")
         for name in ("moe_scale", "moe_bias_rate", "moe_aux_loss"):
             if not 0 <= getattr(c, name) < math.inf:
-                raise ValueError(f"{name}={getattr(c, name)} must be a number >= 0")
+                raise UserError(f"{name}={getattr(c, name)} must be a number >= 0")
         if c.head_dim % 2 and c.rope_base:
-            raise ValueError(f"head_dim={c.head_dim} must be even for rotary positions; or set rope_base=0")
+            raise UserError(f"head_dim={c.head_dim} must be even for rotary positions; or set rope_base=0")
         return c
 
 
@@ -612,7 +615,7 @@ class GPT(nn.Module):
         self.config = c = config.resolve()
         if set(c.pattern) - set(self.mixers):
             known = " and ".join(f"{symbol} ({mixer.__name__})" for symbol, mixer in self.mixers.items())
-            raise ValueError(f"pattern={c.pattern} must consist of {known}")
+            raise UserError(f"pattern={c.pattern} must consist of {known}")
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
         self.blocks = nn.ModuleList(self.block(c, self.mixers[symbol](c)) for symbol in c.pattern)
         self.norm = nn.RMSNorm(c.n_embd, eps=1e-5)
@@ -790,6 +793,12 @@ def build(config):
     return {"gpt": GPT, "ngpt": NGPT}[config.arch](config)
 
 
+def outline(config):
+    """The model on the meta device: all shapes, no memory."""
+    with torch.device("meta"):
+        return build(config)
+
+
 # ---------------------------------------------------------------- counting
 
 def count_parameters(model):
@@ -806,8 +815,7 @@ def flops_per_token(model):
 
 def describe(config):
     """The model in text, from the meta device: nothing is allocated, so any size will do."""
-    with torch.device("meta"):
-        model = build(config)
+    model = outline(config)
     c, (total, active) = model.config, count_parameters(model)
     embedding = model.embed.weight.numel()
     pattern = c.pattern if len(c.pattern) <= 60 else c.pattern[:57] + "..."
@@ -865,37 +873,79 @@ def sample_text(model, tokenizer, prompt="", n_tokens=200, seed=0, **kw):
 OWNERS = (("", ModelConfig),)
 
 
+PARTS = {"model": dict, "optimizer": dict, "step": int, "config": dict, "origin": str,      # of a checkpoint
+         "rows": int | None}                        # None: earlier versions had none
+
+
 def load_checkpoint(path, device="cpu"):
-    """What train.py saved: a dict of model, optimizer, step, config and origin."""
+    """What train.py saved: a dict of PARTS, without a flipped bit. Whether its tensors are those of a model
+    is for misfit() to say. raises UserError"""
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint there; train a run first, or give another folder")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: not a checkpoint of this code ({why})") from None
+        with zipfile.ZipFile(path) as archive:      # torch.load does not look at the checksums
+            flipped = archive.testzip()
+        saved = None if flipped else torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:                      # of readers, of whatever the file holds: no code of ours
+        raise UserError(f"{path}: not a checkpoint of this code ({error or type(error).__name__})") from None
+    if flipped:
+        raise UserError(f"{path}: damaged on disk, in {flipped}; copy it anew, or start another run")
+    for name, kind in PARTS.items():
+        if not isinstance(saved, dict) or not isinstance(saved.get(name), kind):
+            raise UserError(f"{path}: not a checkpoint of this code (its {name} is missing)")
+    if isinstance(saved["step"], bool) or saved["step"] < 0 or set(map(type, saved["config"])) - {str}:
+        raise UserError(f"{path}: not a checkpoint of this code (step {saved['step']}, or its config)")
+    return saved
+
+
+def misfit(found, like, name, free=()):
+    """Where a tree of dicts, lists and leaves first differs from another, in words, or None: tensors must be
+    finite and agree in shape and dtype, other leaves be equal, but for keys of dicts that are free."""
+    if torch.is_tensor(like):
+        if not torch.is_tensor(found) or (found.shape, found.dtype) != (like.shape, like.dtype):
+            return f"{name} must be {tuple(like.shape)} of {like.dtype}"
+        finite = math.isfinite(found.sum()) or found.isfinite().all()           # the sum needs no memory
+        return None if finite else f"{name} is not finite"
+    if isinstance(like, dict) and isinstance(found, dict):
+        if found.keys() != like.keys():
+            return f"{name}.{min(found.keys() ^ like.keys(), key=str)} is missing, or should not be there"
+        parts = [(found[key], like[key], key) for key in like if key not in free]
+    elif isinstance(like, (list, tuple)) and type(found) is type(like) and len(found) == len(like):
+        parts = zip(found, like, range(len(like)), strict=True)
+    else:
+        same = type(found) is type(like) and found == like
+        return None if same else f"{name} must be {like}"
+    return next(filter(None, (misfit(a, b, f"{name}.{key}", free) for a, b, key in parts)), None)
 
 
 def load_model(folder, device="cpu"):
-    """The trained model of a run, in high precision, and the run's config: (model, {field: value})."""
-    saved = load_checkpoint(Path(folder) / "ckpt.pt", device)
-    model = build(ModelConfig(**unflatten(saved["config"], OWNERS))).to(device)
-    model.load_state_dict(saved["model"])
-    return model.eval(), saved["config"]
-
-
-def main(argv):
+    """The trained model of a run in high precision, its tokenizer, and the run's config: (model, tokenizer,
+    {field: value}). raises UserError"""
+    path = Path(folder) / "ckpt.pt"
+    saved = load_checkpoint(path, device)
     try:
-        if not argv or "-h" in argv or "--help" in argv:
-            print(f"{__doc__.strip()}\n{help_fields(OWNERS)}")
-        elif argv[0].endswith(".py") or argv[0].startswith("-"):
-            settings, _ = read_settings(argv, OWNERS, partial=True)
-            print(describe(ModelConfig(**settings)))
-        else:
-            model, config = load_model(argv[0])
-            print(sample_text(model, load_tokenizer(data_folder(config["dataset"])), " ".join(argv[1:])))
-    except ValueError as error:                     # UserError, DataError, or sizes that do not fit
-        sys.exit(f"model.py: {error}")
+        c = ModelConfig(**unflatten(saved["config"], OWNERS))
+        wrong = misfit(saved["model"], dict(outline(c).state_dict()), "model")
+        tokenizer = load_tokenizer(data_folder(str(saved["config"].get("dataset"))), saved["origin"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if wrong:
+        raise UserError(f"{path}: {wrong}")
+    model = build(c).to(device)
+    model.load_state_dict(saved["model"])
+    return model.eval(), tokenizer, saved["config"]
+
+
+@command("model.py")
+def main(argv):
+    if not argv or "-h" in argv or "--help" in argv:
+        print(f"{__doc__.strip()}\n{help_fields(OWNERS)}")
+    elif argv[0].endswith(".py") or argv[0].startswith("-"):
+        settings, _ = read_settings(argv, OWNERS, partial=True)
+        print(describe(ModelConfig(**settings)))
+    else:
+        model, tokenizer, _ = load_model(argv[0])
+        print(sample_text(model, tokenizer, " ".join(argv[1:])))
 
 
 if __name__ == "__main__":

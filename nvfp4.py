@@ -860,38 +860,44 @@ def fill_up(x, columns, rows=0):
 EXPERT_TOKENS = 32                                  # an expert's tokens begin at a multiple of it
 
 
-# ---------------------------------------------------------------- what other papers add to the GEMMs
+# ---------------------------------------------------------------- forward and backward
 
-def split_outliers(x, quantile):
-    """OCC, outlier clamping and compensation: x (M, K) in two, clamped to two quantiles of each token, and
-    the rest, which is zero but for 2 (1 - quantile) of it. The first is quantized; fprop's y gets the product
-    of the second in high precision (here a dense one).
+class FP4Function(torch.autograd.Function):
+    """The layer for autograd: fprop in the forward, dgrad and wgrad in the backward. What is kept of x in
+    between is x.columns, or x.rows where those are made of it: 4.5 bits a value where that GEMM is in FP4."""
 
-    source  2501.17116 section 3.3; quantiles of tokens as in its code, so that none sees a later one
-    """
-    K = x.shape[1]
-    rank = round(quantile * (K - 1))
-    ordered = x.sort(1).values
-    clamped = x.clamp(ordered[:, K - 1 - rank, None], ordered[:, rank, None])
-    return clamped, x - clamped
+    @staticmethod
+    def forward(ctx, x, w, quantized_w, keys, signs, cfg, ends):
+        """y (M, N) of x (M, K) and the master weight w (N, K), with Both of w; the rest as in FP4Linear."""
+        needs_dw, experts, N = ctx.needs_input_grad[1], ends is not None, w.shape[-2]
+        for_wgrad, result = None, x.dtype
+        if needs_dw and cfg.reuse_codes:
+            result = None                           # packed, to be kept
+        elif needs_dw:
+            for_wgrad = cfg.operand("wgrad.x", keys, signs)
+        quantized_x = quantize_both(x, cfg.operand("fprop.x", keys, signs, result, experts), for_wgrad)
+        kept = quantized_x.rows if cfg.reuse_codes else quantized_x.columns
+        ctx.cfg, ctx.w_dtype, ctx.padding = cfg, w.dtype, quantized_w.rows.shape[-2] - N
+        save(ctx, keys, signs, ends, quantized_w.columns, kept if needs_dw else None)
+        y = fprop(quantized_x, quantized_w, x.dtype, ends)
+        return y[:, :N].contiguous() if ctx.padding else y
 
-
-def dge_slope(w, how, k, clip):
-    """DGE, the differentiable gradient estimator: what wgrad's dw is multiplied by, fp32 of w's shape, as if
-    w had been rounded by a smooth curve through the steps. With u in [-1, 1] the place of w, in units of its
-    scale, between two codes:
-
-    value   f'(u) = 1/k |u|^(1/k - 1), at most clip: 1/k next to a code, most where rounding jumps
-    how     fprop.w's, cfg.operand()
-    source  2501.17116 section 3.2
-    """
-    form = FORMATS[how["format"]]
-    rows = w.float().flatten(0, -2)                 # of all experts
-    blocks, scale, s_dec = blocks_and_scales(rows, form, how["square"], how["amax"], how["unbiased"])
-    a = torch.clamp(blocks.abs() * encode_scale(scale, s_dec), max=E2M1_MAX)
-    steps = a * torch.where(a < 2, 2.0, torch.where(a < 4, 1.0, 0.5))
-    u = 2 * (steps - torch.floor(steps)) - 1
-    return torch.clamp(u.abs() ** (1 / k - 1) / k, max=clip).reshape(w.shape)
+    @staticmethod
+    def backward(ctx, dy):
+        """dy (M, N) -> dx (M, K), dw (N, K)"""
+        keys, signs, ends, w_columns, x_columns = saved(ctx)
+        cfg, experts, (needs_dx, needs_dw, *_) = ctx.cfg, ends is not None, ctx.needs_input_grad
+        for_dgrad = cfg.operand("dgrad.dy", keys, signs, dy.dtype, experts) if needs_dx else None
+        for_wgrad = cfg.operand("wgrad.dy", keys, signs, ctx.w_dtype, experts) if needs_dw else None
+        quantized_dy = quantize_both(fill_up(dy, ctx.padding), for_dgrad, for_wgrad)
+        if needs_dw and cfg.reuse_codes:
+            for_x = cfg.operand("wgrad.x", keys, signs, ctx.w_dtype, experts)
+            x_columns = from_codes(x_columns, for_x, dy.dtype)
+        dx = dgrad(quantized_dy, Both(None, w_columns), dy.dtype, ends) if needs_dx else None
+        dw = wgrad(quantized_dy, Both(None, x_columns), ctx.w_dtype, ends) if needs_dw else None
+        if needs_dw and ctx.padding:
+            dw = dw[..., :-ctx.padding, :]
+        return dx, dw, None, None, None, None, None
 
 
 def from_codes(rows, how, dtype):
@@ -903,52 +909,68 @@ def from_codes(rows, how, dtype):
     return quantize_both(rows if torch.is_tensor(rows) else rows.dequantize(dtype), None, how).columns
 
 
-# ---------------------------------------------------------------- forward and backward
+# ---------------------------------------------------------------- what 2501.17116 puts before and after
 
-class FP4Function(torch.autograd.Function):
-    """The layer for autograd: fprop in the forward, dgrad and wgrad in the backward. What is kept of x in
-    between is x.columns, or x.rows where those are made of it: 4.5 bits a value where that GEMM is in FP4."""
+def split_outliers(x, quantile):
+    """OCC, outlier clamping and compensation: x (M, K) in two, clamped to two quantiles of each token, and
+    the rest, which is zero but for 2 (1 - quantile) of it. The first is quantized; y gets the product of the
+    second in high precision (here a dense one).
 
-    @staticmethod
-    def forward(ctx, x, w, quantized_w, keys, signs, cfg, ends):
-        """y (M, N) of x (M, K) and the master weight w (N, K), with Both of w; the rest as in FP4Linear."""
-        needs_dw, experts, N = ctx.needs_input_grad[1], ends is not None, w.shape[-2]
-        result = None if cfg.reuse_codes and needs_dw else x.dtype              # None: packed, to be kept
-        for_fprop = cfg.operand("fprop.x", keys, signs, result, experts)
-        for_wgrad = cfg.operand("wgrad.x", keys, signs) if needs_dw and not cfg.reuse_codes else None
-        inside, outliers = split_outliers(x, cfg.occ) if cfg.clamps else (x, None)
-        quantized_x = quantize_both(inside, for_fprop, for_wgrad)
-        kept = quantized_x.rows if cfg.reuse_codes else quantized_x.columns
-        ctx.cfg, ctx.w_dtype, ctx.padding = cfg, w.dtype, quantized_w.rows.shape[-2] - N
-        save(ctx, keys, signs, ends, quantized_w.columns, kept if needs_dw else None,
-             w if needs_dw and cfg.estimates else None)
-        y = fprop(quantized_x, quantized_w, x.dtype, ends)
-        y = y[:, :N].contiguous() if ctx.padding else y
-        if cfg.clamps and cfg.occ_compensate:
-            y = y + matmul(outliers, w, x.dtype, ends)
-        return y
+    source  2501.17116 section 3.3; quantiles of tokens as in its code, so that none sees a later one
+    """
+    K = x.shape[1]
+    rank = round(quantile * (K - 1))
+    ordered = x.sort(1).values
+    clamped = x.clamp(ordered[:, K - 1 - rank, None], ordered[:, rank, None])
+    return clamped, x - clamped
+
+
+class ClampOutliers(torch.autograd.Function):
+    """x without its outliers; the gradient is that of all of x."""
 
     @staticmethod
-    def backward(ctx, dy):
-        """dy (M, N) -> dx (M, K), dw (N, K)"""
-        keys, signs, ends, w_columns, x_kept, w = saved(ctx)
-        cfg, experts, (needs_dx, needs_dw, *_) = ctx.cfg, ends is not None, ctx.needs_input_grad
-        for_dgrad = cfg.operand("dgrad.dy", keys, signs, dy.dtype, experts) if needs_dx else None
-        for_wgrad = cfg.operand("wgrad.dy", keys, signs, ctx.w_dtype, experts) if needs_dw else None
-        quantized_dy = quantize_both(fill_up(dy, ctx.padding), for_dgrad, for_wgrad)
-        dx = dgrad(quantized_dy, Both(None, w_columns), dy.dtype, ends) if needs_dx else None
-        if not needs_dw:
-            return dx, None, None, None, None, None, None
-        if cfg.reuse_codes:
-            for_x = cfg.operand("wgrad.x", keys, signs, ctx.w_dtype, experts)
-            x_kept = from_codes(x_kept, for_x, dy.dtype)
-        dw = wgrad(quantized_dy, Both(None, x_kept), ctx.w_dtype, ends)
-        if cfg.estimates:
-            how = cfg.operand("fprop.w", keys)
-            dw = dw * dge_slope(fill_up(w, 0, ctx.padding), how, cfg.dge_k, cfg.dge_clip)
-        if ctx.padding:
-            dw = dw[..., :-ctx.padding, :]
-        return dx, dw, None, None, None, None, None
+    def forward(ctx, x, quantile):
+        return split_outliers(x, quantile)[0]
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx, None
+
+
+class EstimateGradient(torch.autograd.Function):
+    """DGE, the differentiable gradient estimator: w (N, K) or (E, N, K) itself, but dw is multiplied by the
+    slope of a smooth curve through the steps of its rounding.
+
+    source  2501.17116 section 3.2
+    """
+
+    @staticmethod
+    def forward(ctx, w, keys, cfg):
+        ctx.save_for_backward(w, keys)
+        ctx.cfg = cfg
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx, dw):
+        w, keys = ctx.saved_tensors
+        rows = fill_up(w, 0, -w.shape[-2] % ctx.cfg.whole_channels)
+        slope = dge_slope(rows, ctx.cfg.operand("fprop.w", keys), ctx.cfg.dge_k, ctx.cfg.dge_clip)
+        return dw * slope[..., :w.shape[-2], :], None, None
+
+
+def dge_slope(w, how, k, clip):
+    """The slope for a weight that is quantized by how, arguments of quantize(): fp32 of w's shape. With u in
+    [-1, 1] the place of w, in units of its scale, between two codes:
+
+    value   f'(u) = 1/k |u|^(1/k - 1), at most clip: 1/k next to a code, most where rounding jumps
+    """
+    form = FORMATS[how["format"]]
+    rows = w.float().flatten(0, -2)                 # of all experts
+    blocks, scale, s_dec = blocks_and_scales(rows, form, how["square"], how["amax"], how["unbiased"])
+    a = torch.clamp(blocks.abs() * encode_scale(scale, s_dec), max=E2M1_MAX)
+    steps = a * torch.where(a < 2, 2.0, torch.where(a < 4, 1.0, 0.5))
+    u = 2 * (steps - torch.floor(steps)) - 1
+    return torch.clamp(u.abs() ** (1 / k - 1) / k, max=clip).reshape(w.shape)
 
 
 # ---------------------------------------------------------------- the layer
@@ -977,7 +999,7 @@ class FP4Linear(torch.nn.Linear):
     fp4 = True                                      # False: high precision for now, see high_precision()
     quantized = None                                # the weight as Both
     drawn = None                                    # (seed, step) that the keys belong to; None: to no step
-    version = None                                  # of the weight behind quantized (part 3)
+    version = None                                  # the weight behind quantized, and its version (part 3)
     hooked = False                                  # a hook before the model looks after it (part 3)
 
     def __init__(self, linear, cfg, index=0):
@@ -1009,8 +1031,13 @@ class FP4Linear(torch.nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
-            y = FP4Function.apply(x.reshape(-1, self.in_features), self.weight, self.quantized, self.keys,
-                                  self.signs, self.cfg, ends)
+            rows, w = x.reshape(-1, self.in_features), self.weight
+            inside = ClampOutliers.apply(rows, self.cfg.occ) if self.cfg.clamps else rows
+            if self.cfg.estimates:
+                w = EstimateGradient.apply(w, self.keys, self.cfg)
+            y = FP4Function.apply(inside, w, self.quantized, self.keys, self.signs, self.cfg, ends)
+            if self.cfg.clamps and self.cfg.occ_compensate:
+                y = y + matmul((rows - inside).detach(), self.weight.detach(), y.dtype, ends)
             y = y.view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -1107,7 +1134,7 @@ def convert(model, cfg, report=print):
     number = {name: int(re.search(r"\d+", name).group()) for name in linears if re.search(r"\d+", name)}
     n_blocks = max(number.values(), default=-1) + 1
     tail_from = n_blocks - round(cfg.tail * n_blocks)
-    kept, n_converted = {}, 0
+    kept, converted = {}, {}
     for index, (name, linear) in enumerate(linears.items()):
         block = number.get(name)
         if any(fnmatch.fnmatch(name, glob) for glob in cfg.skip):
@@ -1117,11 +1144,13 @@ def convert(model, cfg, report=print):
         elif block is not None and block >= tail_from:
             kept.setdefault("tail", []).append(name)
         else:
+            converted[linear] = FP4Linear(linear, cfg, index)
+    for name, module in list(model.named_modules(remove_duplicate=False)):     # one layer under two names too
+        if module in converted:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, FP4Linear(linear, cfg, index))
-            n_converted += 1
+            setattr(model.get_submodule(parent), child, converted[module])
     hook_weights(model)                             # quantized before the forward of the model (part 3)
-    line = f"converted {n_converted}/{len(linears)} linears to {cfg.format} ({','.join(cfg.gemms)})"
+    line = f"converted {len(converted)}/{len(linears)} linears to {cfg.format} ({','.join(cfg.gemms)})"
     for why, names in kept.items():
         line += f"; {why}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} in high precision"
     report(line)
@@ -2335,12 +2364,12 @@ def copy_into(old, new):
 def refresh(layer):
     """Quantize a layer's weight if it has changed since the last time; in a CUDA graph's capture always."""
     w = layer.weight
-    version = (id(w), w._version, w.data_ptr(), count_optimizer_steps()[0], layer.drawn, layer.cfg.gemms)
-    if layer.version == version and not capturing(w.device):
+    version = (w._version, w.data_ptr(), count_optimizer_steps()[0], layer.drawn, layer.cfg.gemms)
+    if layer.version and layer.version[0] is w and layer.version[1] == version and not capturing(w.device):
         return
     if layer.keys.device != w.device or layer.signs.device != w.device:
         refuse_capture(w.device, "a layer that has just moved to the GPU", "call set_step before")
-    layer.version, layer.keys, layer.signs = version, layer.keys.to(w.device), layer.signs.to(w.device)
+    layer.version, layer.keys, layer.signs = (w, version), layer.keys.to(w.device), layer.signs.to(w.device)
     layer.quantized = copy_into(layer.quantized, layer.quantize_weight())
 
 

@@ -11,19 +11,28 @@ kept in it: data order, stochastic rounding and initialization are functions of 
 run that was stopped goes on bit for bit (--resume), and n ranks compute what one process with n micro-batches
 does. On a GPU that takes --deterministic: attention's backward there adds up in the order in which its parts
 are done, unless it is told not to.
+
+Exit status: 0 done, also where --resume finds nothing left to do; 75 stopped with a checkpoint, by SIGINT,
+SIGTERM, SIGHUP or a closed console: run it again with --resume; 1 an error, which running it again does not
+mend. The same signal once more ends a run at once, without a checkpoint.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # no traceback of imports; main() has a way of its own
+
 import contextlib
 import ctypes
 import json
 import math
 import os
 import re
-import signal
 import sys
 import time
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -32,11 +41,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import nvfp4
 from configs import config
-from configs.config import UserError
-from data.tokens import (Data, DataError, batch_at, data_folder, load_data, load_tokenizer, prepare_missing,
-                         train_starts, unigram_loss, val_starts)
-from model import (ModelConfig, build, count_parameters, flops_per_token, load_checkpoint, load_model,
-                   sample_text)
+from configs.config import Count, Fraction, NotNegative, Some, UserError
+from data.files import (Lines, Stop, catch_signals, command, mute, naming, naming_memory, read_json_lines,
+                        sweep, write_json, write_whole)
+from data.tokens import Data, batch_at, load_data, prepare_missing, train_starts, unigram_loss, val_starts
+from model import (ModelConfig, build, count_parameters, flops_per_token, load_checkpoint, load_model, misfit,
+                   outline, sample_text)
 from nvfp4 import RECIPES, FP4Config
 
 # ---------------------------------------------------------------- config
@@ -47,29 +57,29 @@ class Config:
     out_dir: str | None = None                      # run folder; None: out/<name of the first config file>
     dataset: str = "sotu"                           # folder below data/, or a path; train.bin and val.bin
     recipe: str | None = None                       # FP4 recipe, listed below; None: the architecture's own
-    seed: int = 1337                                # of initialization, data order and stochastic rounding
+    seed: Annotated[int, 0, 2**64 - 1] = 1337       # of initialization, data order and stochastic rounding
     # batch
-    batch_size: int = 16                            # sequences in a micro-batch
-    gradient_accumulation_steps: int = 1            # micro-batches in a step, over all ranks together
+    batch_size: Count = 16                          # sequences in a micro-batch
+    gradient_accumulation_steps: Count = 1          # micro-batches in a step, over all ranks together
     # length and learning rate
-    max_steps: int = 1000                           # optimizer steps of the whole schedule
-    stop_at: int | None = None                      # stop at this step, with a checkpoint; None: at max_steps
-    learning_rate: float = 1e-3                     # peak
-    min_lr: float | None = None                     # at the end of the schedule; None: learning_rate / 50
+    max_steps: Count = 1000                         # optimizer steps of the whole schedule
+    stop_at: Count | None = None                    # stop at this step, with a checkpoint; None: at max_steps
+    learning_rate: NotNegative = 1e-3               # peak
+    min_lr: NotNegative | None = None               # at the end of the schedule; None: learning_rate / 50
     schedule: Literal["wsd", "cosine"] = "wsd"      # wsd: constant, then 1 - sqrt decay
-    warmup_steps: int = 0                           # linear warm-up, max_steps at most
-    decay_fraction: float = 0.15                    # wsd: the last part of max_steps, where the rate decays
+    warmup_steps: Some = 0                          # linear warm-up, max_steps at most
+    decay_fraction: Fraction = 0.15                 # wsd: the last part of max_steps, where the rate decays
     # optimizer
-    weight_decay: float = 0.0                       # of matrices
-    beta1: float = 0.9                              # AdamW
-    beta2: float = 0.95                             # AdamW
-    grad_clip: float = 1.0                          # largest norm of the gradient; 0: no clipping
+    weight_decay: NotNegative = 0.0                 # of matrices
+    beta1: Annotated[float, 0, 1 - 2**-53] = 0.9    # AdamW
+    beta2: Annotated[float, 0, 1 - 2**-53] = 0.95   # AdamW
+    grad_clip: NotNegative = 1.0                    # largest norm of the gradient; 0: no clipping
     # evaluation, logging, checkpoints
-    eval_interval: int = 100                        # steps between evaluations
-    eval_iters: int = 8                             # batches in an evaluation, always the same
-    log_interval: int = 10                          # steps between console lines
-    checkpoint_interval: int = 500                  # steps between checkpoints; one is written at the end too
-    sample_tokens: int = 120                        # length of the sample at the end; 0: none
+    eval_interval: Count = 100                      # steps between evaluations
+    eval_iters: Count = 8                           # batches in an evaluation, always the same
+    log_interval: Count = 10                        # steps between console lines
+    checkpoint_interval: Count = 500                # steps between checkpoints; one is written at the end too
+    sample_tokens: Some = 120                       # length of the sample at the end; 0: none
     resume: bool = False                            # continue the run in out_dir
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
@@ -102,17 +112,8 @@ def make_config(settings, name="run"):
                     min_lr=c.learning_rate / 50 if c.min_lr is None else c.min_lr)
     except ValueError as error:
         raise UserError(str(error)) from None
-    for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "eval_interval", "eval_iters",
-                 "log_interval", "checkpoint_interval"):
-        if getattr(c, name) < 1:
-            raise UserError(f"{name}={getattr(c, name)} must be 1 or more")
-    below_1 = math.nextafter(1, 0)
-    for name, low, high in (("warmup_steps", 0, math.inf), ("stop_at", 1, c.max_steps),
-                            ("learning_rate", 0, math.inf), ("grad_clip", 0, math.inf),
-                            ("decay_fraction", 0, 1), ("seed", 0, 2**64 - 1), ("sample_tokens", 0, math.inf),
-                            ("beta1", 0, below_1), ("beta2", 0, below_1), ("weight_decay", 0, math.inf)):
-        if not low <= (low if getattr(c, name) is None else getattr(c, name)) <= high:
-            raise UserError(f"{name}={getattr(c, name)} must be in [{low}, {high}]")
+    if c.stop_at and c.stop_at > c.max_steps:
+        raise UserError(f"stop_at={c.stop_at} must be in [1, {c.max_steps}], max_steps at most")
     return c
 
 
@@ -178,22 +179,30 @@ def update(model, optimizer, grad_clip):
 
 # ---------------------------------------------------------------- checkpoints
 
-def save_checkpoint(path, model, optimizer, step, c, origin):
-    """Written beside the old one, flushed to disk, then renamed: a kill at any moment leaves one that loads.
+class Finished(UserError):
+    """There is nothing left to do: no mistake, but no run either."""
 
-    The folder is flushed too, so that the rename survives a power cut.
+
+class Diverged(UserError):
+    """A loss, a gradient, a weight or a moment that is not finite."""
+
+    def __init__(self, what):
+        super().__init__(f"{what}: stopped; lower learning_rate, or look at the data")
+
+
+def save_checkpoint(path, model, optimizer, step, c, origin, rows=None):
+    """Whole or not at all, as data/files.py writes; what is not finite takes no good one's place.
+
+    rows    CRC-32 of those of metrics.jsonl that a resumed run keeps
+    raises  Diverged, UserError
     """
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                    "config": flatten(c), "origin": origin}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+             "config": flatten(c), "origin": origin, "rows": rows}
+    for part in ("model", "optimizer"):
+        wrong = misfit(saved[part], saved[part], part)
+        if wrong:
+            raise Diverged(f"step {step}: {wrong}")
+    write_whole({path: lambda file: torch.save(saved, file)})
 
 
 def check_resumable(c, saved, origin):
@@ -210,20 +219,38 @@ def check_resumable(c, saved, origin):
     if saved["origin"] != origin:
         raise UserError(f"--resume: {c.dataset} is not the data of the run in {c.out_dir} any more "
                         f"({origin}, not {saved['origin']}); prepare that, or start another --out_dir")
+
+
+def check_unfinished(c, saved):
     if saved["step"] >= c.max_steps:
-        raise UserError(f"the run in {c.out_dir} is complete, at step {saved['step']}; start another "
-                        "--out_dir")
+        raise Finished(f"the run in {c.out_dir} is complete, at step {saved['step']}; start another "
+                       "--out_dir")
     if saved["step"] >= (c.stop_at or c.max_steps):
-        raise UserError(f"the run in {c.out_dir} is at step {saved['step']} already; raise --stop_at")
+        raise Finished(f"the run in {c.out_dir} is at step {saved['step']} already; raise --stop_at")
+
+
+def check_fits(saved, sizes, optimizer, path):
+    """Every tensor of a checkpoint must be one of the model's weights or Adam's moments, and finite."""
+    like = optimizer.state_dict()
+    if saved["step"]:                               # then AdamW holds these for each parameter
+        learned = [p for group in optimizer.param_groups for p in group["params"]]
+        like["state"] = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+                         for i, p in enumerate(learned)}
+    wrong = (misfit(saved["model"], dict(sizes.state_dict()), "model")
+             or misfit(saved["optimizer"], like, "optimizer", free=("lr",)))
+    counts = set() if wrong else {int(state["step"]) for state in saved["optimizer"]["state"].values()}
+    if counts - {min(saved["step"], 2**24)}:        # where fp32 stops to count
+        wrong = f"step {saved['step']} is not that of its optimizer, {max(counts)}"
+    if wrong:
+        raise UserError(f"{path}: {wrong}, so that no run can start from it; start another --out_dir")
 
 
 def load_run(folder, device="cpu"):
     """A trained model in high precision, with its tokenizer and Config: (model, tokenizer, c)."""
-    model, flat = load_model(folder, device)
+    model, tokenizer, flat = load_model(folder, device)
     for note in config.unknown(current_names(flat), OWNERS):
         print(f"{folder}: {note} and is left out", file=sys.stderr)
-    c = unflatten(flat)
-    return model, load_tokenizer(data_folder(c.dataset)), c
+    return model, tokenizer, unflatten(flat)
 
 
 # ---------------------------------------------------------------- ranks
@@ -246,6 +273,17 @@ class Ranks:
     def barrier(self):
         if self.world > 1:
             dist.barrier()
+
+    def once(self, work, *args):
+        """Have the first rank do this while the others wait. Its errors end them too; it says why."""
+        error = None
+        if self.first:
+            try:
+                work(*args)
+            except (UserError, OSError) as caught:
+                error = caught
+        if self.any(error is not None):
+            raise error or SystemExit(1)
 
     def share(self, sequence):
         """This rank's part of what all of them do together."""
@@ -278,7 +316,6 @@ class Ranks:
 
     def close(self):
         self.replica = None                         # its reducer goes before the group it talks through
-        self.barrier()                              # the first rank writes while the others are done
         if self.world > 1:
             dist.destroy_process_group()
 
@@ -354,6 +391,7 @@ class Run:
     first_step: int
     last_step: int                                  # the loop ends before it, after a last evaluation
     times: list = field(default_factory=list)       # seconds of each step done
+    saved: int | None = None                        # step of the checkpoint in the folder
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -376,19 +414,36 @@ def meet(c):
     return ranks, device, dtype
 
 
-def set_up(c):
-    """A Run as the config says; UserError for what cannot be, before a file of the run is touched."""
+def check_memory(c, model, device):
+    """UserError for what cannot fit into memory, whatever else takes part of it. model: its outline."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    state = 16 * count_parameters(model)[0]         # fp32: weights, gradients, two moments
+    tokens = c.batch_size * c.model.block_size      # bf16 at least: logits, and the stream before each block
+    batch = 2 * tokens * (model.config.vocab_size + model.config.n_embd * len(model.blocks))
+    if state + batch > total:
+        raise UserError(f"n_embd={c.model.n_embd} and n_layer={c.model.n_layer} take {state / 2**30:,.1f} "
+                        f"GiB, batch_size={c.batch_size} of block_size={c.model.block_size} another "
+                        f"{batch / 2**30:,.1f} GiB at least, of {total / 2**30:,.1f} GiB here; lower them")
+
+
+def set_up(c, after, stop):
+    """A Run as the config says; UserError for what cannot be, before a file of the run is touched.
+
+    after   an ExitStack, for what a run has to leave behind in order, however it ends
+    """
     ranks, device, dtype = meet(c)
-    folder = Path(c.out_dir)
-    if (folder / "ckpt.pt").exists() and not c.resume:
-        raise UserError(f"out_dir={c.out_dir} holds a run; continue it with --resume, or give another "
-                        "--out_dir")
-    saved = load_checkpoint(folder / "ckpt.pt") if c.resume else None
+    after.callback(ranks.close)
+    path = Path(c.out_dir, "ckpt.pt")
+    refuse_to_overwrite(c, path)
+    saved = load_checkpoint(path) if c.resume else None
 
     # --- data, which knows its vocabulary
-    if ranks.first:
-        prepare_missing(c.dataset)
-    ranks.barrier()
+    ranks.once(prepare_missing, c.dataset)
     data = load_data(c.dataset, c.model.block_size, c.model.vocab_size)
     c = replace(c, model=replace(c.model, vocab_size=data.vocab_size))
     notes = []
@@ -400,21 +455,26 @@ def set_up(c):
     torch.manual_seed(c.seed)
     converted = []
     try:
+        sizes = outline(c.model)
+        check_memory(c, sizes, device)
         model = nvfp4.convert(build(c.model).to(device), c.fp4, report=converted.append)
     except ValueError as error:                     # sizes that do not fit each other, or the format's blocks
         raise UserError(str(error)) from None
     optimizer = make_optimizer(model, c)
     if saved:
         check_resumable(c, saved, data.origin)
+        check_fits(saved, sizes, optimizer, path)
+        check_unfinished(c, saved)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
 
     # --- a folder, and a word about what is to come
     first_step = saved["step"] if saved else 0
-    log = Log(folder, ranks.first, first_step)
-    if ranks.first:
-        (folder / "config.json").write_text(json.dumps(flatten(c), indent=1) + "\n")
-    run = Run(c, ranks, device, dtype, data, model, optimizer, log, first_step, c.stop_at or c.max_steps)
+    log = Log(path.parent, ranks.first, stop)
+    after.callback(log.close)
+    ranks.once(log.open, c, first_step, saved and saved.get("rows"))
+    run = Run(c, ranks, device, dtype, data, model, optimizer, log, first_step, c.stop_at or c.max_steps,
+              saved=saved and saved["step"])
     introduce(run, converted[0])
     for note in notes:
         log(note)
@@ -422,6 +482,12 @@ def set_up(c):
         log("compiling: the first step takes a minute or so; the next run finds the kernels cached")
     ranks.wrap(model)
     return run
+
+
+def refuse_to_overwrite(c, path):
+    if path.exists() and not c.resume:
+        raise UserError(f"out_dir={c.out_dir} holds a run; continue it with --resume, or give another "
+                        "--out_dir")
 
 
 # ---------------------------------------------------------------- loop
@@ -445,8 +511,7 @@ def training_step(run, step):
         total += loss.detach()
     loss, norm = float(ranks.mean(total)), update(run.model, run.optimizer, c.grad_clip)
     if not math.isfinite(loss) or not math.isfinite(norm):
-        raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: stopped; the last checkpoint "
-                        f"in {c.out_dir} is untouched; lower learning_rate, or look at the data")
+        raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}")
     return loss, norm, run.model.after_step(ranks.sum)
 
 
@@ -474,24 +539,26 @@ def evaluate(run, step):
     row = {"step": step, "val_loss": loss, "val_bpb": loss * bits_per_byte}
     if nvfp4.fp4_layers(run.model):
         row["val_loss_fp4"] = validation_loss(run)
+    if not all(map(math.isfinite, row.values())):
+        raise Diverged(f"step {step}: validation loss {loss}, in FP4 {row.get('val_loss_fp4')}")
     return row
 
 
 def loop(run, stop):
-    """Evaluate, save, train, report, until the last step or until stop is not empty. Returns the last
+    """Evaluate, save, train, report, until the last step or until a Stop says so. Returns the last
     evaluation."""
     c, row = run.c, {}
     for step in range(run.first_step, run.last_step + 1):
-        stopped = run.ranks.any(bool(stop)) and step < run.last_step
+        stopped = run.ranks.any(bool(stop.why)) and step < run.last_step
         last = stopped or step == run.last_step
         if nvfp4.switch_late(run.model, step / c.max_steps):
             run.log(f"step {step}: {','.join(c.fp4.switched)} in high precision from now on")
-        if step % c.eval_interval == 0 or step == run.last_step:
+        if not stopped and (step % c.eval_interval == 0 or last):
             row = evaluate(run, step)
             report_evaluation(run, row)
         news = stopped or step > run.first_step     # a run that is stopped at once is saved all the same
-        if news and (last or step % c.checkpoint_interval == 0) and run.ranks.first:
-            save_checkpoint(Path(c.out_dir, "ckpt.pt"), run.model, run.optimizer, step, c, run.data.origin)
+        if news and (last or step % c.checkpoint_interval == 0):
+            run.ranks.once(save, run, step)
         if last:
             break
         start = time.perf_counter()
@@ -499,53 +566,116 @@ def loop(run, stop):
         run.times.append(time.perf_counter() - start)
         report_step(run, step, loss, norm, more)
     if stopped:
-        run.log(f"{stop[0] if stop else 'signal'}: stopped at step {step}; continue with --resume")
+        stop.at = step
+        run.log(f"{stop.why or 'signal'}: stopped at step {step}; continue with --resume")
     elif c.sample_tokens and run.ranks.first:
         report_sample(run, step)
     run.log(f"saved in {c.out_dir}")
-    run.ranks.close()
+    run.ranks.barrier()                             # the first rank writes while the others are done
     return row
 
 
-def train(c, stop=()):
-    """Train as the config says, until stop, a list that signals fill, is not empty. Returns the last
-    evaluation as a dict."""
-    with contextlib.ExitStack() as after:           # this process may do other things
+def save(run, step):
+    run.log.files[1].sync()                         # no checkpoint without the rows before it
+    save_checkpoint(Path(run.c.out_dir, "ckpt.pt"), run.model, run.optimizer, step, run.c, run.data.origin,
+                    run.log.crc_before)
+    run.saved = step
+
+
+@contextlib.contextmanager
+def last_words(run):
+    """An error that ends a run says what is left of it."""
+    try:
+        yield
+    except UserError as error:
+        left = "there is no checkpoint"
+        if run.saved is not None:
+            left = f"the checkpoint of step {run.saved} is whole"
+        error.args = (f"{error}; {left} in {run.c.out_dir}",)
+        raise
+
+
+def train(c, stop=None):
+    """Train as the config says, until a Stop says to stop. Returns the last evaluation as a dict.
+
+    raises UserError: Finished, Diverged and others
+    """
+    stop = stop or Stop()
+    advice = f"lower batch_size={c.batch_size} (and raise gradient_accumulation_steps) or the model's sizes"
+    with contextlib.ExitStack() as after, naming_memory(advice):    # this process may do other things
         after.callback(nvfp4.use_compiler, nvfp4.use_compiler(c.compile))
         if c.deterministic:
             after.callback(be_deterministic())
-        return loop(set_up(c), stop)
+        run = set_up(c, after, stop)
+        stop.times = run.times
+        with last_words(run):
+            return loop(run, stop)
 
 
 # ---------------------------------------------------------------- report
 
 def read_metrics(folder):
-    """The rows of a run's metrics.jsonl, as dicts."""
-    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]           # a kill can cut the last one
+    """The rows of a run's metrics.jsonl, as dicts. raises UserError that names the line which is none, or out
+    of order"""
+    path, next_step = Path(folder, "metrics.jsonl"), None
+    rows = read_json_lines(path)
+    for line, row in enumerate(rows, 1):
+        step, numbers = row.get("step"), all(type(v) in (int, float) for v in row.values())
+        if type(step) is not int or not numbers or not all(map(math.isfinite, row.values())):
+            raise UserError(f"{path}, line {line}: damaged, these are not the numbers of a step")
+        if step < 0 or next_step is not None and step != next_step:
+            raise UserError(f"{path}, line {line}: damaged, step {step} stands where {next_step} should")
+        next_step = step + ("loss" in row)          # an evaluation comes before its step
+    return rows
 
 
 class Log:
-    """Console and log.txt, and metrics.jsonl; silent on all ranks but the first."""
+    """Console and log.txt, and metrics.jsonl; silent on all ranks but the first. One run at a time can have
+    those of a folder."""
 
-    def __init__(self, folder, first, first_step):
-        self.folder, self.first = folder, first
-        if first:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "metrics.jsonl"         # what came after the checkpoint is about to be done again
-            rows = read_metrics(folder) if path.exists() else []
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] < first_step))
+    def __init__(self, folder, first, stop):
+        self.folder, self.first, self.stop, self.files = folder, first, stop, []
+        self.crc = self.crc_before = 0              # CRC-32 of all rows, and of those before this step
+
+    def open(self, c, first_step, crc=None):
+        """Take the folder, and leave of its metrics what came before the checkpoint, whose CRC-32 it knows:
+        the rest is about to be done again."""
+        with naming(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.files = [Lines(self.folder / "log.txt", alone=True)]
+        refuse_to_overwrite(c, self.folder / "ckpt.pt")         # by a run that has ended meanwhile
+        sweep(self.folder)
+        path = self.folder / "metrics.jsonl"
+        rows = read_metrics(self.folder) if path.exists() else []
+        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] < first_step).encode()
+        self.crc = self.crc_before = zlib.crc32(kept)
+        if path.exists() and crc not in (None, self.crc):
+            raise UserError(f"{path}: damaged, not what the checkpoint of step {first_step} saw; restore it, "
+                            "or remove it and go on without it")
+        write_whole({path: lambda file: file.write(kept)})
+        write_json(self.folder / "config.json", flatten(c))
+        self.files.append(Lines(path))
 
     def __call__(self, text):
         if self.first:
-            print(text, flush=True)
-            with open(self.folder / "log.txt", "a") as file:
-                file.write(text + "\n")
+            self.files[0].add(text)
+            try:
+                print(text, flush=True)
+            except OSError:                         # a pipe without a reader, a terminal that is gone
+                mute(sys.stdout)
+                self.stop.why = self.stop.why or "the console is closed"
 
     def metrics(self, row):
         if self.first:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            line = json.dumps(row, allow_nan=False)
+            self.files[1].add(line)
+            self.crc = zlib.crc32(f"{line}\n".encode(), self.crc)
+            if "loss" in row:                       # the last of its step; an evaluation is made anew
+                self.crc_before = self.crc
+
+    def close(self):
+        for file in self.files:
+            file.close()
 
 
 def introduce(run, converted):
@@ -604,33 +734,22 @@ def report_sample(run, step):
 
 # ---------------------------------------------------------------- the command
 
-@contextlib.contextmanager
-def catch_signals():
-    """A list that receives the names of SIGINT and SIGTERM, which end a run after the step under way."""
-    caught = []
-
-    def catch(number, _):
-        caught.append(signal.Signals(number).name)
-        signal.signal(number, previous[number])     # a second one ends the process at once
-        print(f"{caught[-1]}: stopping after this step; once more to stop at once", file=sys.stderr)
-
-    previous = {s: signal.signal(s, catch) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)
+STOPPED = 75                                        # exit status, EX_TEMPFAIL: try again
 
 
+@command("train.py")
 def main(argv):
     if "-h" in argv or "--help" in argv:
         print(help_text())
         return
+    stop = Stop()
     try:
-        with catch_signals() as stop:
+        with catch_signals(stop):
             train(load_config(argv), stop)
-    except (UserError, DataError) as error:
-        sys.exit(f"train.py: {error}")
+    except Finished as done:
+        print(done)
+    if stop.at is not None:
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -8,25 +8,32 @@ handed over, as pairs of a prefix and a dataclass, and a field goes by its prefi
     settings, files = read_settings(["configs/ngpt_tiny.py", "--fp4_tail=0.5"], owners)
     by_owner(settings, owners)[FP4Config]           # {"tail": 0.5}
 
-Type, default and meaning of a field stand where it is declared: as its type hint, its default and the comment
-beside it, which is what -h prints.
+Type, range, default and meaning of a field stand where it is declared: as its type hint, its default and the
+comment beside it, which is what -h prints. A type with a range is Annotated[type, smallest, largest].
 """
 import difflib
 import inspect
 import json
+import numbers
 import re
 import runpy
 import types
 import typing
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 HERE = Path(__file__).resolve()
+LONGEST = 4096                                      # letters of a text: no path is longer
 
 
 class UserError(ValueError):
-    """A mistake in a command, a config or a run folder: one line that names the remedy, no traceback."""
+    """A mistake in a command, a config or a run folder, or an error of the machine: one line that names the
+    remedy, no traceback. What is quoted in it may have many lines and no end; the middle goes first."""
+
+    def __init__(self, message):
+        line = " ".join(str(message).splitlines())
+        super().__init__(line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}")
 
 
 # ---------------------------------------------------------------- fields
@@ -36,7 +43,7 @@ def schema(owners):
     owner's values and cannot."""
     table = {}
     for prefix, owner in owners:
-        hints = typing.get_type_hints(owner)
+        hints = typing.get_type_hints(owner, include_extras=True)
         for field in fields(owner):
             if not is_dataclass(hints[field.name]):
                 assert prefix + field.name not in table, "two owners of one name"
@@ -93,7 +100,7 @@ def _number(value):
 
 
 def _text(value):
-    if not isinstance(value, str):
+    if not isinstance(value, str) or "\0" in value or len(value) > LONGEST:
         raise TypeError
     return value
 
@@ -104,28 +111,55 @@ def _names(value):
 
 
 KINDS = {bool: (_truth, "True or False"), int: (_whole, "a whole number"), float: (_number, "a number"),
-         str: (_text, "text"), tuple: (_names, "names with commas between")}
+         str: (_text, f"text of {LONGEST} letters at most"), tuple: (_names, "names with commas between")}
+
+# Ranges: what a field without one of its own must fit, and those that many fields have. Their ends are where
+# numbers stop to make sense on any machine; what is too much for this one is for others to say.
+FP32 = 3.4e38                                       # the largest number a tensor takes, about
+RANGE = {int: (-2**63, 2**63 - 1), float: (-FP32, FP32)}                        # inf and nan are in neither
+Count = Annotated[int, 1, 10**9]
+Some = Annotated[int, 0, 10**9]                     # a count that may be none
+Size = Annotated[int, 1, 2**18]                     # of a matrix
+Fraction = Annotated[float, 0, 1]
+Positive = Annotated[float, 1e-30, FP32]
+NotNegative = Annotated[float, 0, FP32]
 
 
 def convert(name, value, hint):
-    """A value of a config file (of any type) or of the command line (text) as the type of a field."""
+    """A value of a config file (of any type) or of the command line (text) as the type of a field, within its
+    range."""
     kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
     optional = types.NoneType in typing.get_args(hint)
     kind = kinds[0] if optional else hint
+    ends = getattr(kind, "__metadata__", None)
+    kind = kind.__origin__ if ends else kind
     if typing.get_origin(kind) is Literal:
         read, what = None, " or ".join(typing.get_args(kind))
     else:
         read, what = KINDS[typing.get_origin(kind) or kind]
+    if not isinstance(value, (str, numbers.Real, list, tuple, types.NoneType)):     # arrays, functions, ...
+        raise UserError(f"{name}={shown(value)} must be {what}, and is a {type(value).__name__}")
     if value is None or value == "None":
         if optional:
             return None
         raise UserError(f"{name}=None must be {what}")
     if read is None:
-        return check_choice(name, value, typing.get_args(kind))
+        return check_choice(name, value if isinstance(value, str) else shown(value), typing.get_args(kind))
     try:
-        return read(value)
+        found = read(value)
     except WRONG:
-        raise UserError(f"{name}={value!r} must be {what}{' or None' if optional else ''}") from None
+        raise UserError(f"{name}={shown(value)} must be {what}{' or None' if optional else ''}") from None
+    low, high = ends or RANGE.get(kind, (found, found))
+    if not low <= found <= high:
+        raise UserError(f"{name}={found} must be in [{low}, {high}]{' or None' if optional else ''}")
+    return found
+
+
+def shown(value):
+    try:
+        return repr(value)
+    except Exception:                               # of a class in a config file, or an int of 5,000 digits
+        return "..."
 
 
 def check_choice(name, value, choices):
@@ -176,12 +210,15 @@ def read_settings(argv, owners, partial=False):
 
 def run_file(name):
     """The names that a config file leaves behind. It is looked for here, then in the repository."""
-    paths = [path for path in (Path(name), HERE.parents[1] / name) if path.is_file()]
+    try:
+        paths = [path for path in (Path(name), HERE.parents[1] / name) if path.is_file()]
+    except OSError as error:                        # a name that is too long
+        raise UserError(f"{name}: {error.strerror}") from None
     if not paths or paths[0].suffix != ".py" or paths[0].resolve() == HERE:
         raise UserError(f"{name}: no such config file{nearest(name, config_files())}")
     try:
         found = runpy.run_path(str(paths[0]))
-    except Exception as error:
+    except (Exception, SystemExit) as error:        # of a file that is not ours
         raise UserError(f"{name}: {type(error).__name__}: {error}") from None
     return {name: value for name, value in found.items()
             if not name.startswith("_") and not isinstance(value, types.ModuleType)}

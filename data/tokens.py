@@ -37,6 +37,9 @@ import numpy as np
 import regex
 import tiktoken
 
+from configs.config import UserError
+from data.files import naming, parse_object, write_whole
+
 MAGIC = b"NVFP4BIN"
 VERSION = 1
 HEADER_BYTES = 1024
@@ -52,7 +55,7 @@ GPT2_CACHE_NAME = "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A mistake in data or options that the user can mend: one line, to be printed without a traceback."""
 
 
@@ -74,7 +77,14 @@ class Header:
 
 
 def write_tokens(path, ids, vocab_size, tokenizer, source, n_bytes):
-    """ids (n,): any integers; n_bytes: of text behind them. returns: the Header. raises: DataError."""
+    """ids (n,): any integers; n_bytes: of text behind them. returns: the Header. raises: UserError."""
+    header, write = token_file(path, ids, vocab_size, tokenizer, source, n_bytes)
+    write_whole({path: write})
+    return header
+
+
+def token_file(path, ids, vocab_size, tokenizer, source, n_bytes):
+    """returns: the Header of write_tokens() and what writes the file."""
     ids = np.asarray(ids)
     if ids.size == 0:
         raise DataError(f"{path}: there are no tokens to write; give more text")
@@ -86,8 +96,11 @@ def write_tokens(path, ids, vocab_size, tokenizer, source, n_bytes):
     head = MAGIC + VERSION.to_bytes(4, "little") + json.dumps(asdict(header), ensure_ascii=False).encode()
     if len(head) > HEADER_BYTES:
         raise DataError(f"{path}: source={source[:40]!r}... does not fit {HEADER_BYTES} bytes; shorten it")
-    _replace(path, head.ljust(HEADER_BYTES, b"\0"), ids.astype(_little_endian(dtype)).data)
-    return header
+
+    def write(file):
+        file.write(head.ljust(HEADER_BYTES, b"\0"))
+        file.write(ids.astype(_little_endian(dtype)).data)
+    return header, write
 
 
 def read_tokens(path):
@@ -99,7 +112,7 @@ def read_tokens(path):
 
     if not path.is_file():
         raise error("no such file" if path.parent.is_dir() else "no such folder")
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         head = file.read(HEADER_BYTES)
     if not head:
         raise error("the file is empty")
@@ -109,9 +122,10 @@ def read_tokens(path):
     if version != VERSION:
         raise error(f"its layout is version {version}, this code reads version {VERSION}")
     try:
-        header = Header(**json.loads(head[12:].rstrip(b"\0")))
+        header = Header(**parse_object(head[12:].rstrip(b"\0"), path))
         sound = all(type(getattr(header, field.name)) is field.type for field in fields(Header))
-    except (ValueError, TypeError):
+        sound = sound and 0 < header.n_bytes < 2**63 and 0 < header.vocab_size <= 2**32
+    except (UserError, TypeError):                  # TypeError: fields that are missing, or not known
         sound = False
     if not sound:
         raise error("its header is damaged")
@@ -141,21 +155,6 @@ def _prepare_command(folder):
     if script.exists():
         return f"python {shlex.quote(str(script))}"
     return f"python data/text/prepare.py PATH --out {shlex.quote(str(folder))}"
-
-
-def _replace(path, *parts):
-    """Write beside path, then rename: an interruption leaves the old file whole."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- byte-level BPE
@@ -241,21 +240,33 @@ def _bpe_name(ranks, pattern):
 
 def save_tokenizer(folder, name, ranks=None):
     """name: "gpt2", "bytes", or that of bpe_encoding(ranks), with those ranks"""
+    write_whole({Path(folder, "tokenizer.json"): tokenizer_file(name, ranks)})
+
+
+def tokenizer_file(name, ranks=None):
+    """returns: what writes the file of save_tokenizer()."""
     saved = {"name": name}
     if ranks is not None:
         tokens = [base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.get)]
         saved |= {"pattern": SPLIT, "special_tokens": {ENDOFTEXT: len(ranks)}, "tokens": tokens}
-    _replace(Path(folder, "tokenizer.json"), json.dumps(saved).encode())
+    return lambda file: file.write(json.dumps(saved).encode())
 
 
-def load_tokenizer(folder_or_name):
-    """"gpt2", "bytes" or a prepared folder -> tiktoken.Encoding. Downloads nothing. raises: DataError."""
+def load_tokenizer(folder_or_name, origin=None):
+    """"gpt2", "bytes" or a prepared folder -> tiktoken.Encoding. Downloads nothing.
+
+    origin  of a run: the folder's tokenizer must be the one that the run was trained with
+    raises: UserError
+    """
     if folder_or_name == "bytes":
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,64})", special_tokens={},
                                  mergeable_ranks={bytes([byte]): byte for byte in range(256)})
     if folder_or_name == "gpt2":
         return _load_gpt2()
     saved = _read_tokenizer_file(folder_or_name)
+    if origin and saved["name"] != origin.partition(",")[0]:
+        raise DataError(f"{Path(folder_or_name, 'tokenizer.json')}: {saved['name']} is not the tokenizer of "
+                        f"the run, {origin}; prepare that data again")
     if saved["name"] in ("bytes", "gpt2"):
         return load_tokenizer(saved["name"])
     try:
@@ -272,12 +283,13 @@ def load_tokenizer(folder_or_name):
 def _read_tokenizer_file(folder):
     path = Path(folder, "tokenizer.json")
     try:
-        saved = json.loads(path.read_bytes())
-        saved["name"]
-        return saved
+        saved = parse_object(path.read_bytes(), path)
+        if isinstance(saved.get("name"), str):
+            return saved
+        what = "damaged"
     except OSError as error:
         what = error.strerror.lower()
-    except (ValueError, KeyError, TypeError):
+    except UserError:
         what = "damaged"
     raise DataError(f"{path}: {what}; run: {_prepare_command(folder)}")
 
@@ -398,10 +410,13 @@ def prepare(train_docs, val_docs, out_dir, source, tokenizer="bpe", vocab_size=4
     name = encoding.name if tokenizer == "bpe" else tokenizer
     ids = {split: _encode(docs, encoding) for split, docs in splits.items()}
     Path(out_dir).mkdir(parents=True, exist_ok=True)
-    save_tokenizer(out_dir, name, ranks)
+    paths = {split: Path(out_dir, f"{split}.bin") for split in splits}
+    files = {split: token_file(paths[split], ids[split], encoding.n_vocab, name, source, n_bytes[split])
+             for split in splits}
+    write_whole({Path(out_dir, "tokenizer.json"): tokenizer_file(name, ranks),
+                 **{paths[split]: write for split, (_, write) in files.items()}})
     for split, docs in splits.items():
-        path = Path(out_dir, f"{split}.bin")
-        header = write_tokens(path, ids[split], encoding.n_vocab, name, source, n_bytes[split])
+        path, (header, _) = paths[split], files[split]
         print(f"{path}: {header.n_tokens:,} tokens of {name} from {len(docs):,} documents "
               f"of {header.n_bytes:,} bytes, {header.bytes_per_token:.3f} bytes/token")
     print(f"source: {source} | {time.time() - started:.1f} s")

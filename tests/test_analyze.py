@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -581,7 +582,7 @@ def test_learning_rates(tiny, tmp_path, monkeypatch, capsys):
 
     def diverge(c, stop=()):
         if "lr_1e-2_gpt_bf16" in c.out_dir:
-            raise train.UserError("step 1: loss nan, gradient norm nan: stopped; and so on")
+            raise train.Diverged("step 1: loss nan, gradient norm nan")
         return real(c, stop)
     monkeypatch.setattr(train, "train", diverge)
     run(*argv)
@@ -623,12 +624,16 @@ WRONG = {
     ("no_such_run",): "no_such_run/config.json",
     ("RUN", "--token=3"): "--token=3: no such option",
     ("RUN", "-tokens=3"): "-tokens=3: no such option",
-    ("RUN", "--tokens=1"): "--tokens must be 2 or more",
+    ("RUN", "--tokens=1"): "--tokens must be in [2, 10^9]",
     ("losses",): "losses takes run folders",
     ("quant", "out/gpt"): "quant takes no run folder",
     ("lr", "--rates=fast"): "learning_rate='fast' must be a number",
     ("lr", "--config=no_such"): "configs/gpt_no_such.py: no such config file",
     ("quant", "--out_dir=FILE"): "File exists",
+    ("quant", f"--seed={2**64}"): "--seed in [0, 2^63)",
+    ("RUN", f"--tokens={10**30}"): "--tokens must be in [2, 10^9]",
+    ("lr", "--stop_at=3"): "--stop_at=3: lr stops and resumes by itself; leave it out",
+    ("onelayer", "--resume"): "--resume: onelayer stops and resumes by itself; leave it out",
 }
 
 
@@ -646,6 +651,37 @@ def test_unfit_runs_are_one_line(tiny, out, tmp_path):
     assert "differ in max_steps" in refusal("losses", out / "gpt_bf16_1", tmp_path / "tail")
     (tmp_path / "tail" / "ckpt.pt").unlink()
     assert "no checkpoint there" in refusal(tmp_path / "tail")
+
+
+DAMAGED = {                                         # file of a run: what is wrong with it, and what is said
+    "config.json": {"": "no JSON object", "[]": "no JSON object", "{": "no JSON object",
+                    "{}\xff": "no JSON object", "[" * 10**5: "no JSON object",
+                    '{"n_embd": "many"}': "n_embd='many' must be"},
+    "metrics.jsonl": {"5\n": ", line 1: damaged", '{"step": 0, "loss": NaN}\n': ", line 1: damaged",
+                      '{"step": 0, "loss": 5.0}\n{"step": 2, "loss": 5.0}\n': ", line 2: damaged",
+                      "": "metrics.jsonl must hold steps and evaluations; let it run on",
+                      '{"step": 0, "val_loss": 5.0}\n': "must hold steps and evaluations",
+                      '{"step": 0, "loss": 5.0}\n': "must hold steps and evaluations"}}
+
+
+@pytest.mark.parametrize("name, text", [(name, text) for name in DAMAGED for text in DAMAGED[name]],
+                         ids=lambda text: text[:40])
+def test_a_damaged_run_is_one_line(out, tmp_path, name, text):
+    damaged = shutil.copytree(out / "gpt_nvfp4_1", tmp_path / "run")
+    (damaged / name).write_bytes(text.encode("latin-1"))
+    line = refusal("losses", damaged, out / "gpt_bf16_1", f"--out_dir={tmp_path}")
+    assert DAMAGED[name][text] in line and str(damaged) in line
+
+
+def test_runs_given_twice_or_diverged_are_one_line(out, tmp_path):
+    twin = shutil.copytree(out / "gpt_bf16_1", tmp_path / "twin")
+    both = "gpt_bf16_1 and .*twin are of one kind and seed; give one of them"
+    for argv in (("losses", out / "gpt_nvfp4_1", out / "gpt_bf16_1", twin), (out / "gpt_bf16_1", twin)):
+        assert re.search(both, refusal(*argv, f"--out_dir={tmp_path}"))
+    saved = train.load_checkpoint(twin / "ckpt.pt")
+    saved["model"]["head.weight"][0] = math.nan
+    torch.save(saved, twin / "ckpt.pt")
+    assert "model.head.weight is not finite" in refusal(twin)
 
 
 def test_without_matplotlib_tables_and_json_remain(out, tmp_path):

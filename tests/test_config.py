@@ -105,15 +105,29 @@ WRONG_FLAGS = {
     "--max_steps=inf": f"max_steps='inf' {WHOLE}",
     "--max_steps=None": f"max_steps=None {WHOLE}",
     "--learning_rate=fast": "learning_rate='fast' must be a number",
-    "--learning_rate=nan": "learning_rate=nan must be in [0, inf]",
+    "--learning_rate=nan": "learning_rate=nan must be in [0, 3.4e+38]",
     "--compile=maybe": "compile='maybe' must be True or False",
     "--schedule=linear": f"schedule=linear {CHOICE} wsd, cosine",
     "--arch=gtp": f"arch=gtp {CHOICE} gpt, ngpt; did you mean gpt?",
     f"--recipe={FIRST}_": f"recipe={FIRST}_ {CHOICE} {', '.join(RECIPES)}; did you mean {FIRST}?",
     "--fp4_gemms=fprop,dgrd": "fp4_gemms=dgrd must be of fprop, dgrad, wgrad",
     "--fp4_tail=2": "fp4_tail=2.0 must be in [0, 1]",
-    "--batch_size=0": "batch_size=0 must be 1 or more",
+    "--batch_size=0": "batch_size=0 must be in [1, 1000000000]",
     "--stop_at=1001": "stop_at=1001 must be in [1, 1000]",
+    **{f"--{name}={value}": f"{name}={float(value)} must be in [" for name, value in (
+        ("min_lr", "-1"), ("learning_rate", "inf"), ("weight_decay", "inf"), ("grad_clip", "inf"),
+        ("learning_rate", "-1e-3"), ("init_std", "nan"), ("rope_base", "nan"), ("init_std", "1e308"),
+        ("init_std", "0"), ("fp4_input_amax", "1e300"), ("fp4_grad_amax", "inf"), ("beta2", "1"),
+        ("beta1", "2"), ("s_z_init", "-inf"), ("alpha_init", "0"), ("decay_fraction", "1.5"))},
+    **{f"--{name}={10**power}": f"{name}={10**power} must be in [" for power in (10, 40) for name in (
+        "n_layer", "n_embd", "n_head", "n_ffn", "batch_size", "eval_iters", "gradient_accumulation_steps",
+        "sample_tokens", "max_steps", "warmup_steps", "block_size")},
+    f"--seed={2**64}": "seed=18446744073709551616 must be in [0, 18446744073709551615]",
+    "--seed=-1": "seed=-1 must be in [0,",
+    f"--fp4_head_blocks={10**40}": "must be in [-9223372036854775808,",
+    "--max_steps=" + "9" * 5000: f"9' {WHOLE}",
+    "--dataset=" + "A" * 5000: "A' must be text of 4096 letters at most",
+    "A" * 300: "File name too long",
     "configs/gpt_tiy.py": "configs/gpt_tiy.py: no such config file; did you mean configs/gpt_tiny.py?",
 }
 WRONG_FILES = {
@@ -126,6 +140,15 @@ WRONG_FILES = {
     "learning_rate = [1]": "learning_rate=[1] must be a number",
     "fp4_gemms = 3": "fp4_gemms=3 must be names with commas between",
     "n_embd = (": "bad.py: SyntaxError",
+    "import sys; sys.exit()": "bad.py: SystemExit",
+    "import numpy\nlearning_rate = numpy.ones(3)": "learning_rate=array([1., 1., 1.]) must be a number",
+    "import numpy\narch = numpy.ones((99, 99))": "must be gpt or ngpt, and is a ndarray",
+    "n_layer = 10**5000": f"n_layer=... {WHOLE}",
+    "arch = 10**5000": f"arch=... {CHOICE} gpt, ngpt",
+    "fp4_gemms = [10**5000]": "fp4_gemms=... must be names",
+    "dataset = 'a\\0b'": "dataset='a\\x00b' must be text",
+    "def seed(): pass": "seed=<function seed",
+    "raise ValueError('\\n'.join('many lines'))": "bad.py: ValueError: m a n y",
     "n_embd = 1 / 0": "bad.py: ZeroDivisionError",
 }
 
@@ -135,7 +158,15 @@ def test_wrong_input_is_one_line(tmp_path, wrong):
     (tmp_path / "bad.py").write_text(wrong + "\n")
     with pytest.raises(UserError) as error:
         load_config([wrong if wrong in WRONG_FLAGS else str(tmp_path / "bad.py")])
-    assert (WRONG_FLAGS | WRONG_FILES)[wrong] in str(error.value) and "\n" not in str(error.value)
+    assert (WRONG_FLAGS | WRONG_FILES)[wrong] in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("flag", [
+    "--min_lr=0", "--learning_rate=0", "--grad_clip=0", "--beta1=0", "--decay_fraction=1", "--rope_base=0",
+    f"--seed={2**64 - 1}", "--sample_tokens=0", "--warmup_steps=0", "--eval_iters=1", "--init_std=1e-3"])
+def test_ends_of_ranges_are_allowed(flag):
+    load_config([flag])
 
 
 @pytest.mark.parametrize("flag, value", [

@@ -108,6 +108,10 @@ DAMAGE = {
     "field missing": (lambda path: with_header(path, n_bytes=None), "header is damaged"),
     "field of wrong type": (lambda path: with_header(path, n_tokens="4"), "header is damaged"),
     "field unknown": (lambda path: with_header(path, extra=1), "header is damaged"),
+    "no bytes": (lambda path: with_header(path, n_bytes=0), "header is damaged"),
+    "bytes without end": (lambda path: with_header(path, n_bytes=10**400), "header is damaged"),
+    "vocabulary without end": (lambda path: with_header(path, vocab_size=10**12), "header is damaged"),
+    "nested without end": (lambda path: splice(path, 12, b"[" * 1012), "header is damaged"),
     "dtype unknown": (lambda path: with_header(path, dtype="float16"), "dtype 'float16' is unknown"),
     "no tokens": (lambda path: (with_header(path, n_tokens=0), os.truncate(path, 1024)), "but 0 tokens"),
     "negative count": (lambda path: with_header(path, n_tokens=-1), "but -1 tokens"),
@@ -161,8 +165,9 @@ def test_no_flipped_byte_of_the_header_goes_unnoticed_or_crashes(tmp_path):
 def test_killed_while_writing_leaves_the_old_file(tmp_path, atomic):
     path = tmp_path / "train.bin"
     write_sample(path)
-    direct = "tokens._replace = lambda path, *parts: (open(path, 'wb').write(parts[0]), os.fsync(0))"
-    code = (f"import os, signal, sys; sys.path.insert(0, {str(REPO)!r}); from data import tokens\n"
+    direct = ("tokens.write_whole = lambda writers: [(write(b := io.BytesIO()), os.fsync(open(path, 'wb', 0)"
+              ".write(b.getvalue()[:1024]))) for path, write in writers.items()]")
+    code = (f"import io, os, signal, sys; sys.path.insert(0, {str(REPO)!r}); from data import tokens\n"
             f"{'' if atomic else direct}\n"
             "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
             f"tokens.write_tokens({str(path)!r}, [1] * 9000, 300, 'bpe300-test', 'new', 1)\n")
@@ -316,6 +321,7 @@ def test_saved_tokenizer_comes_back(tmp_path):
     (lambda saved: "[]", "damaged"),
     (lambda saved: '{"tokens": []}', "damaged"),
     (lambda saved: '{"name": 5}', "damaged"),
+    (lambda saved: "[" * 10**5, "damaged"),
     (lambda saved: saved.replace('"IA=="', '"IQ=="'), "damaged"),  # the space becomes a second "!"
     (lambda saved: saved.replace('"IA==", ', ""), "damaged"),
     (lambda saved: saved.replace("pattern", "other"), "damaged"),
@@ -460,14 +466,32 @@ def test_same_text_gives_the_same_files(tmp_path):
     assert files["a"] == files["b"] and files["a"]["train.bin"] != files["c"]["train.bin"]
 
 
-def test_interrupted_preparation_is_noticed(tmp_path, monkeypatch):
-    prepare([ENGLISH], [ENGLISH[:5000]], tmp_path, "a test", vocab_size=300)
-    read_tokens(tmp_path / "train.bin")  # control
-    monkeypatch.setattr(tokens, "write_tokens", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        prepare([ENGLISH], [ENGLISH[:5000]], tmp_path, "a test", vocab_size=310)
+def test_interrupted_preparation_leaves_the_old_dataset(tmp_path):
+    """A kill, or text that cannot be written, before the last of the three files is there: none is replaced.
+    Between two renames it is noticed: the ids name their tokenizer."""
+    def prepare_again(vocab_size, source="a test"):
+        prepare([ENGLISH], [ENGLISH[:5000]], tmp_path, source, vocab_size=vocab_size)
+    prepare_again(300)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DataError, match="does not fit 1024 bytes"):
+        prepare_again(310, "s" * 2000)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    code = (f"import os, signal, sys; sys.path.insert(0, {str(REPO)!r}); from data import tokens\n"
+            "real, count = os.OPERATION, []\n"
+            "def die(*args):\n"
+            "    count.append(0)\n"
+            "    return real(*args) if len(count) < 3 else os.kill(os.getpid(), signal.SIGKILL)\n"
+            "os.OPERATION = die\n"
+            f"tokens.prepare([sys.argv[1]], [sys.argv[1][:5000]], {str(tmp_path)!r}, 'a test', 'bpe', 310)")
+    for operation in ("fsync", "replace"):
+        command = [sys.executable, "-c", code.replace("OPERATION", operation), ENGLISH]
+        killed = subprocess.run(command, timeout=60)
+        assert killed.returncode == -signal.SIGKILL
+        if operation == "fsync":
+            assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    read_tokens(tmp_path / "train.bin")             # this one was replaced
     with pytest.raises(DataError, match="ids are of bpe300-.* but the tokenizer.json beside it is bpe310-"):
-        read_tokens(tmp_path / "train.bin")
+        read_tokens(tmp_path / "val.bin")
 
 
 # ---------------------------------------------------------------- data/text/prepare.py
@@ -540,6 +564,37 @@ def test_text_mistakes_are_one_line_and_overwrite_nothing(tmp_path, folder, monk
     assert "\n" not in str(caught.value) and not Path("new").exists()
     text.main(["texts", "--out", "new", "--tokenizer", "bytes"])  # control: the folder without the mistake
     assert len(read_tokens("new/val.bin")[0]) > 2000
+
+
+@pytest.fixture
+def deep(tmp_path):
+    """A folder with 1,500 in each other; a path that long can only be made from within, and pytest's way of
+    removing it would recurse."""
+    (tmp_path / "deep").mkdir()
+    here = os.open(tmp_path / "deep", os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("a", dir_fd=here)
+        here, above = os.open("a", os.O_RDONLY, dir_fd=here), here
+        os.close(above)
+    os.close(here)
+    yield tmp_path / "deep"
+    subprocess.run(["rm", "-rf", tmp_path / "deep"], check=True)
+
+
+def test_strange_folders_are_one_line_and_strange_names_are_text(tmp_path, folder, deep):
+    (tmp_path / "loop").symlink_to("loop")
+    for arguments, says in ((["loop"], "error: loop: no such file or folder"),
+                            (["texts", "--glob", "/etc/*"], "error: --glob=/etc/* must be a pattern below "),
+                            (["A" * 300], "error: " + "A" * 300 + ": File name too long"),
+                            (["deep"], f"error: {deep}: ")):
+        done = run_script("text/prepare.py", *arguments, "--out=out", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith(says)
+        assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    strange = os.fsdecode(b"caf\xe9")
+    folder.rename(tmp_path / strange)
+    done = run_script("text/prepare.py", strange, "--out", strange + "2", "--tokenizer=bytes", cwd=tmp_path)
+    assert done.returncode == 0 and "caf\\udce92/train.bin" in done.stdout, done.stderr
+    assert read_tokens(tmp_path / (strange + "2") / "train.bin")[1].source.startswith("caf?, 40 files")
 
 
 def test_mistake_through_a_real_process(tmp_path, folder):

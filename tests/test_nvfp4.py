@@ -640,6 +640,18 @@ def test_weights_are_quantized_once_per_update(square, n_weights, fused, monkeyp
     assert outputs[-1].any() and not layer(x).any()
 
 
+def test_a_replaced_weight_is_noticed():
+    """A new Parameter around the same memory, which Python would put where the old one was: the same id,
+    address and version."""
+    layer, x = FP4Linear(torch.nn.Linear(32, 32, bias=False), FP4Config(weight_amax=8.0)), torch.ones(16, 32)
+    values = torch.empty(32, 32)
+    for value in (1.0, 2.0, 3.0, 4.0, 6.0):
+        del layer.weight
+        values.data.fill_(value)
+        layer.weight = torch.nn.Parameter(values)
+        assert torch.allclose(layer(x), torch.tensor(32 * value), rtol=0.1)
+
+
 def test_set_step_gives_each_operand_its_key():
     """The oracle's. A step repeated repeats its bits; another micro-batch, step, seed or layer has others."""
     model, batch_ = torch.nn.ModuleList(make_layer(FP4Config(), index) for index in (0, 3)), batch(32)
@@ -754,6 +766,17 @@ def test_convert(change, converted, kept):
     assert all(p is parameters[name] for name, p in model.named_parameters())
     assert len({m.index for m in nvfp4.fp4_layers(model)}) == len(names)
     assert lines == [f"converted {len(names)}/11 linears to nvfp4 ({','.join(cfg.gemms)}){kept}"]
+
+
+def test_a_layer_under_several_names_is_converted_under_all():
+    one, other, lines = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32), []
+    model = torch.nn.ModuleDict({"a": one, "b": other, "c": one, "d": torch.nn.ModuleDict({"e": one})})
+    state = list(model.state_dict())
+    convert(model, FP4Config(), lines.append)
+    assert lines == ["converted 2/2 linears to nvfp4 (fprop,dgrad,wgrad)"]
+    assert list(model.state_dict()) == state
+    assert isinstance(model["a"], FP4Linear) and model["a"] is model["c"] is model["d"]["e"] is not model["b"]
+    assert model["a"].weight is one.weight and model["b"].weight is other.weight
 
 
 @pytest.mark.parametrize("cfg", [RECIPES["ngpt"], RECIPES["nvfp4"], RECIPES["mxfp4"],

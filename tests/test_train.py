@@ -5,11 +5,13 @@ The runs are real: tiny models in FP4 on the CPU, a third of a second each. Only
 compiled, which changes no bit (tests/test_nvfp4.py) and saves minutes. A test that speaks of a process starts
 one.
 """
+import ctypes
 import json
 import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -27,10 +29,14 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 import nvfp4  # noqa: E402
+import stress  # noqa: E402
 import train  # noqa: E402
+from configs.config import UserError  # noqa: E402
+from data.files import Lines  # noqa: E402
 from data.tokens import read_tokens, write_tokens  # noqa: E402
-from model import MoE, build, load_model  # noqa: E402
+from model import PARTS, MoE, build, load_model  # noqa: E402
 from nvfp4 import OPERANDS  # noqa: E402
+from stress import Process  # noqa: E402
 from train import load_config, make_config, unflatten  # noqa: E402
 
 RUNS = {                                            # kinds of runs that must go on bit for bit
@@ -123,6 +129,10 @@ def metrics(folder, having="step"):
     return [row for row in rows if having in row]
 
 
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def saved_step(folder):
     return train.load_checkpoint(folder / "ckpt.pt")["step"]
 
@@ -143,7 +153,7 @@ def changed(a, b):
         saved, rows = train.load_checkpoint(folder / "ckpt.pt"), metrics(folder)
         named = {f"{row['step']}{'' if 'loss' in row else ' val'}": row | {"ms": 0} for row in rows}
         assert len(named) == len(rows), "a step stands twice in metrics.jsonl"
-        found.append(dict(leaves(saved | {"config": None, "metrics": named})))
+        found.append(dict(leaves(saved | {"config": None, "rows": None, "metrics": named})))
     return {name for name in found[0] | found[1] if found[0].get(name) != found[1].get(name)}
 
 
@@ -458,7 +468,7 @@ train.learning_rate = lambda c, step: (time.sleep(0.3 * (step > 1)), rate(c, ste
 """
 DIE_IN_SECOND_SAVE = """
 rename, die = os.replace, lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-os.replace = lambda new, old: (die if os.path.exists(old) else rename)(new, old)
+os.replace = lambda new, old: (die if os.path.exists(old) and old.name == "ckpt.pt" else rename)(new, old)
 """
 
 
@@ -467,7 +477,7 @@ def test_signalled_run_goes_on_bit_for_bit(tiny, whole, tmp_path, name):
     argv = tiny(tmp_path, checkpoint_interval=3)
     if name == "SIGKILL":
         status, _, _ = finish(start("-c", EAGER + DIE_IN_SECOND_SAVE + TRAIN, *argv))
-        assert (status, saved_step(tmp_path)) == (-signal.SIGKILL, 3) and (tmp_path / "ckpt.tmp").exists()
+        assert (status, saved_step(tmp_path)) == (-signal.SIGKILL, 3) and list(tmp_path.glob("ckpt.*.tmp.pt"))
         assert metrics(tmp_path)[-1]["step"] == 5   # two steps that are lost and done again
     else:
         process, until = start("-c", EAGER + SLOW + TRAIN, *argv), time.monotonic() + 60
@@ -477,8 +487,9 @@ def test_signalled_run_goes_on_bit_for_bit(tiny, whole, tmp_path, name):
         process.send_signal(getattr(signal, name))
         status, out, err = finish(process)
         step = saved_step(tmp_path)
-        assert status == 0 and 2 < step < 10
-        assert err.splitlines() == [f"{name}: stopping after this step; once more to stop at once"]
+        assert status == train.STOPPED == 75 and 2 < step < 10
+        said = rf"{name}: stopping after this step \(one takes 0\.\d s\); once more to stop at once\n"
+        assert re.fullmatch(said, err)
         assert f"{name}: stopped at step {step}; continue with --resume" in out
     train.main(tiny(tmp_path, resume=True))
     assert changed(tmp_path, whole("ngpt")) == set()
@@ -526,28 +537,91 @@ def test_kill_during_save_leaves_a_checkpoint_that_loads(tmp_path):
             saved = train.load_checkpoint(path)
             values = [*saved["model"].values(), *(s["exp_avg"] for s in saved["optimizer"]["state"].values())]
             assert len(values) == 4 and all((v == saved["step"]).all() for v in values)
-            if path.with_suffix(".tmp").exists():   # control: written in place, this would be the checkpoint
+            for beside in tmp_path.glob("ckpt.*.tmp.pt"):       # control: written in place, this would be it
                 try:
-                    torch.load(path.with_suffix(".tmp"))
+                    torch.load(beside)
                 except Exception:
                     torn += 1
+                beside.unlink()
+
+
+def breaking(step, name="head.weight", value=math.nan):
+    """update(), but that in a step a number of a weight, or of a moment, becomes NaN."""
+    real, done = train.update, []
+
+    def update(model, optimizer, grad_clip):
+        norm = real(model, optimizer, grad_clip)
+        if len(done) == step:
+            weight = model.get_parameter("head.weight")
+            with torch.no_grad():
+                (weight if name == "head.weight" else optimizer.state[weight][name]).view(-1)[5] = value
+        done.append(step)
+        return norm
+    return update
 
 
 @pytest.mark.parametrize("arch", ["ngpt", "gpt"])
 def test_nan_stops_the_run_and_leaves_the_checkpoint(tiny, whole, tmp_path, monkeypatch, arch):
-    rate = train.learning_rate
-    with monkeypatch.context() as patch:            # the weights become NaN in step 7: FP4 must not hide it
-        patch.setattr(train, "learning_rate", lambda c, step: math.nan if step == 7 else rate(c, step))
+    with monkeypatch.context() as patch:            # the weights become NaN in step 6: FP4 must not hide it
+        patch.setattr(train, "update", breaking(6))
         line = refusal(tiny(tmp_path, **RUNS[arch], checkpoint_interval=3))
-    assert re.search(r"step 8: loss nan, .*stopped; the last checkpoint .* untouched; lower learning", line)
+    assert re.search("step 7: loss nan, .*stopped; lower learn.*; the checkpoint of step 6 is whole", line)
     assert saved_step(tmp_path) == 6
     train.main(tiny(tmp_path, **RUNS[arch], resume=True))
     assert changed(tmp_path, whole(arch)) == set()
 
 
+@pytest.mark.parametrize("name, value", [("head.weight", math.nan), ("exp_avg", math.inf),
+                                         ("exp_avg_sq", math.nan)])
+def test_what_is_not_finite_is_never_saved(tiny, whole, tmp_path, monkeypatch, name, value):
+    """It appears in step 5, and 6 is to be saved: the next loss, which would show it, comes too late."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", breaking(5, name, value))
+        line = refusal(tiny(tmp_path, checkpoint_interval=3))
+    assert re.search(rf"step 6: \S*{name} is not finite: stopped; .* checkpoint of step 3 is whole", line)
+    assert set(files_of(tmp_path)) == {"ckpt.pt", "config.json", "log.txt", "metrics.jsonl"}
+    train.main(tiny(tmp_path, resume=True))
+    assert changed(tmp_path, whole("ngpt")) == set()
+
+
+@pytest.mark.parametrize("flags", [{"checkpoint_interval": 1}, {"max_steps": 1}], ids=str)
+def test_senseless_learning_rate_is_an_error_and_leaves_json(tiny, tmp_path, flags):
+    line = refusal(tiny(tmp_path, arch="gpt", recipe="bf16", learning_rate=1e38, **flags))
+    assert re.search("step 1: .*stopped; lower learning_rate, .*; there is no checkpoint in", line)
+    assert not (tmp_path / "ckpt.pt").exists()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text.count("\n") >= 2 and "NaN" not in text and "Infinity" not in text
+
+
+def test_a_checkpoint_that_is_broken_already_is_refused(tiny, whole, tmp_path):
+    for name, value in (("model", math.nan), ("optimizer", math.inf)):
+        saved = train.load_checkpoint(shutil.copytree(whole("ngpt"), tmp_path / name) / "ckpt.pt")
+        tensors = saved["model"] if name == "model" else saved["optimizer"]["state"][0]
+        tensors["head.weight" if name == "model" else "exp_avg"][3, 3] = value
+        torch.save(saved, tmp_path / name / "ckpt.pt")
+        line = refusal(tiny(tmp_path / name, resume=True))
+        assert re.search(rf"ckpt.pt: {name}\.\S+ is not finite, so that no run can start from it", line)
+    with pytest.raises(UserError, match="model.head.weight is not finite"):
+        load_model(tmp_path / "model")
+
+
+def test_update_leaves_everything_as_it_is_where_the_gradient_is_not_finite():
+    c = make_config({"n_layer": 1, "n_embd": 32, "vocab_size": 64, "recipe": "bf16"})
+    model = build(c.model)
+    optimizer, before = train.make_optimizer(model, c), {n: p.clone() for n, p in model.named_parameters()}
+    for broken in (math.nan, math.inf, 1.0):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        model.head.weight.grad[1, 2] = broken
+        assert math.isfinite(train.update(model, optimizer, 1.0)) == (broken == 1)
+        same = all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+        assert same == (not optimizer.state) == (broken != 1)                   # 1: the control
+
+
 def test_infinite_gradient_stops_the_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
-    assert re.search(r"step 0: loss 5\..*, gradient norm inf: stopped", refusal(tiny(tmp_path)))
+    line = refusal(tiny(tmp_path))
+    assert re.search(r"step 0: loss 5\..*, gradient norm inf: stopped.* there is no checkpoint in", line)
     assert not (tmp_path / "ckpt.pt").exists()
 
 
@@ -581,13 +655,332 @@ def test_resume_accepts_what_changes_no_step(tiny, whole, tmp_path):
     assert all(re.match("metrics/.* val/", name) for name in changed(tmp_path / "there", whole("ngpt")))
 
 
-def test_run_folder_is_not_overwritten(tiny, whole, tmp_path):
+def test_run_folder_is_not_overwritten(tiny, whole, tmp_path, capsys):
+    """To resume a finished run is no error: a job that is started again until it exits with 0 must end."""
     folder = whole("ngpt")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
     assert f"out_dir={folder} holds a run; continue it with --resume" in refusal(tiny(folder))
-    assert "is complete, at step 10; start another --out_dir" in refusal(tiny(folder, resume=True))
+    for changes, says in (({}, "is complete, at step 10"), ({"stop_at": 5}, "is complete, at step 10")):
+        capsys.readouterr()
+        assert train.main(tiny(folder, resume=True, **changes)) is None
+        assert says in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
     for damaged in ((folder / "ckpt.pt").read_bytes()[:-100], b"", b"{}"):
         (tmp_path / "ckpt.pt").write_bytes(damaged)
         assert "ckpt.pt: not a checkpoint of this code" in refusal(tiny(tmp_path, resume=True))
+
+
+# ---------------------------------------------------------------- what befalls a run
+
+@pytest.fixture
+def half(tiny, tmp_path):
+    """A run that stopped at step 5, with a checkpoint."""
+    train.main(tiny(tmp_path / "half", stop_at=5))
+    return tmp_path / "half"
+
+
+def tried(work, before=lambda: None):
+    """(exit status, the line it said, or nothing) of a forked process; a traceback is an error."""
+    status, said = Process(work, before).end()
+    assert status != stress.BUG and (not said or stress.one_line(said)), said
+    return status, said
+
+
+def test_metrics_survive_what_befalls_a_resume(tiny, whole, half):
+    """They are written anew then: by a process that is killed meanwhile, or on a disk that is full."""
+    before, argv = (half / "metrics.jsonl").read_bytes(), tiny(half, resume=True)
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert tried(lambda: train.main(argv), lambda: setattr(os, "fsync", die))[0] == -signal.SIGKILL
+    assert (half / "metrics.jsonl").read_bytes() == before and list(half.glob("metrics.*.tmp.jsonl"))
+    limit = len(before) // 2
+    status, said = tried(lambda: train.main(argv),
+                         lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert (status, said) == (1, f"train.py: {half}/metrics.jsonl: File too large\n")
+    assert (half / "metrics.jsonl").read_bytes() == before
+    assert not list(half.glob("*.tmp*"))            # neither this process's, nor what was left of the other
+    train.main(argv)
+    assert changed(half, whole("ngpt")) == set()
+
+
+def test_single_flipped_bits_of_a_checkpoint_are_noticed(half):
+    """Each is refused, or lies where nothing is read."""
+    raw, dice, refused = (half / "ckpt.pt").read_bytes(), random.Random(0), 0
+    sound, passed = dict(leaves(train.load_checkpoint(half / "ckpt.pt"))), 0
+    for _ in range(60):
+        at = dice.randrange(len(raw))
+        (half / "ckpt.pt").write_bytes(raw[:at] + bytes([raw[at] ^ 1 << dice.randrange(8)]) + raw[at + 1:])
+        try:
+            assert dict(leaves(train.load_checkpoint(half / "ckpt.pt"))) == sound
+        except UserError as error:
+            assert str(half / "ckpt.pt") in str(error) and "\n" not in str(error)
+            refused += 1
+        try:
+            passed += dict(leaves(torch.load(half / "ckpt.pt"))) != sound
+        except Exception:
+            pass
+    assert refused > 50 and passed > 20             # control: torch alone lets many through
+
+
+def mount(folder, size, read_only):
+    """Put a file system in memory in place of the folder, with all that is in it, for this process alone: in
+    name spaces of its own a user may do so too."""
+    libc, name = ctypes.CDLL(None, use_errno=True), os.fsencode(folder)
+    maps = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
+    if libc.unshare(0x10000000 | 0x00020000):       # CLONE_NEWUSER | CLONE_NEWNS
+        os._exit(77)
+    for file, text in maps.items():
+        Path("/proc/self", file).write_text(text)
+    inside = files_of(folder)
+    if libc.mount(b"tmpfs", name, b"tmpfs", 0, f"size={size}".encode()):
+        os._exit(77)
+    for file, content in inside.items():
+        (folder / file).write_bytes(content)
+    if read_only and libc.mount(b"tmpfs", name, b"tmpfs", 1 | 32, b""):         # MS_RDONLY | MS_REMOUNT
+        os._exit(77)
+
+
+@pytest.mark.parametrize("size, read_only, says", [
+    ("700k", False, "ckpt.pt: No space left on device; the checkpoint of step 5 is whole in"),
+    ("9m", True, "log.txt: Read-only file system")])
+def test_a_full_and_a_read_only_disk(tiny, half, size, read_only, says):
+    """Real ones: with room for one checkpoint but not for two, and with none."""
+    before = files_of(half)
+    assert 350_000 < len(before["ckpt.pt"]) < 650_000
+
+    def work():
+        try:
+            train.main(tiny(half, resume=True))
+        finally:
+            after = files_of(half)
+            assert after.keys() == before.keys() and after["ckpt.pt"] == before["ckpt.pt"]
+            rows = before["metrics.jsonl"].splitlines()         # but for the evaluation of step 5, made anew
+            assert after["metrics.jsonl"].splitlines()[:len(rows) - 1] == rows[:-1]
+    status, said = Process(work, lambda: mount(half, size, read_only)).end()
+    if status == 77:
+        pytest.skip("no mount without root here")
+    assert status == 1 and stress.one_line(said) and f"train.py: {half}/" in said and says in said
+
+
+@pytest.mark.parametrize("out_dir, says", [
+    ("FILE", "FILE: File exists"), ("FILE/run", "FILE/run: Not a directory"),
+    ("/dev/null", "/dev/null: File exists"), ("/proc/run", "/proc/run: No such file or directory"),
+    ("x" * 300, "File name too long"), ("a/" * 2500, "text of 4096 letters")])
+def test_an_out_dir_that_cannot_be_is_one_line(tiny, tmp_path, monkeypatch, out_dir, says):
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("mine")
+    assert says in refusal(tiny(out_dir)) and Path("FILE").read_text() == "mine"
+
+
+def test_data_that_cannot_be_read_is_one_line(tiny, dataset, tmp_path):
+    """A file that exists and opens, and whose first byte is an error of the disk, for root as well."""
+    data = shutil.copytree(dataset, tmp_path / "data")
+    (data / "train.bin").unlink()
+    (data / "train.bin").symlink_to("/proc/self/mem")
+    assert refusal(tiny(tmp_path / "run", dataset=data)).endswith("data/train.bin: Input/output error")
+    assert "File name too long" in refusal(tiny(tmp_path / "run", dataset="A" * 300))
+
+
+def weights(**changes):
+    return lambda saved: saved["model"].update({name.replace("_", "."): t for name, t in changes.items()})
+
+
+def state(number, **changes):
+    return lambda saved: saved["optimizer"]["state"][number].update(changes)
+
+
+def less(*keys):
+    def damage(saved):
+        *way, last = keys
+        for key in way:
+            saved = saved[key]
+        saved.pop(last)
+    return damage
+
+
+CONTENTS = {                                        # of a checkpoint whose every bit is in order
+    "nothing": (lambda saved: saved.clear(), "its model is missing"),
+    **{f"no {key}": (less(key), f"its {key} is missing") for key in PARTS if key != "rows"},
+    "step -5": (lambda saved: saved.update(step=-5), "step -5"),
+    "step 2.5": (lambda saved: saved.update(step=2.5), "its step is missing"),
+    "another step": (lambda saved: saved.update(step=4), "step 4 is not that of its optimizer, 5"),
+    "a weight less": (less("model", "head.weight"), "model.head.weight is missing"),
+    "a weight more": (weights(x=torch.ones(2)), "model.x is missing, or should not be there"),
+    "another shape": (weights(head_weight=torch.ones(2)), "model.head.weight must be (256, 32)"),
+    "no tensor": (weights(head_weight=5), "model.head.weight must be (256, 32)"),
+    "a moment's shape": (state(1, exp_avg=torch.ones(7)), "optimizer.state.1.exp_avg must be (96, 32)"),
+    "no state": (lambda saved: saved["optimizer"]["state"].clear(), "optimizer.state.0 is missing"),
+    "no moment": (less("optimizer", "state", 2, "exp_avg"), "optimizer.state.2.exp_avg is missing"),
+    "other groups": (less("optimizer", "param_groups", 1), "optimizer.param_groups must be"),
+    "other betas": (lambda saved: saved["optimizer"]["param_groups"][0].update(betas=(0.5, 0.5)),
+                    "optimizer.param_groups.0.betas.0 must be 0.9"),
+    "config": (lambda saved: saved["config"].update(n_embd="many"), "n_embd=32 but the run"),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_checkpoint_of_other_contents_is_one_line(tiny, half, name):
+    damage, says = CONTENTS[name]
+    saved = train.load_checkpoint(half / "ckpt.pt")
+    damage(saved)
+    torch.save(saved, half / "ckpt.pt")
+    before = files_of(half)
+    line = refusal(tiny(half, resume=True))
+    assert says in line and str(half) in line and files_of(half) == before
+    torch.save([], half / "ckpt.pt")
+    assert "its model is missing" in refusal(tiny(half, resume=True))
+
+
+ROWS = {                                            # damage of metrics.jsonl, the line of it, what is said
+    "no JSON": (lambda rows: [*rows[:2], "{]", *rows[3:]], 3, "no JSON object"),
+    "no object": (lambda rows: ["5", *rows[1:]], 1, "no JSON object"),
+    "nested": (lambda rows: [*rows[:1], "[" * 10**5, *rows[2:]], 2, "no JSON object"),
+    "NaN": (lambda rows: [rows[0].replace("5.", "NaN, \"x\": 5.", 1), *rows[1:]], 1, "no JSON object"),
+    "infinite": (lambda rows: [*rows[:1], '{"step": 0, "loss": 1e999}', *rows[2:]], 2, "not the numbers"),
+    "text": (lambda rows: [*rows[:1], '{"step": "0", "loss": 1}', *rows[2:]], 2, "not the numbers"),
+    "no step": (lambda rows: [*rows[:1], '{"loss": 1}', *rows[2:]], 2, "not the numbers"),
+    "order": (lambda rows: [*rows[:2], rows[4], *rows[3:]], 3, "step 3 stands where 1 should"),
+    "a row less": (lambda rows: [*rows[:2], *rows[3:]], 3, "step 2 stands where 1 should"),
+    "other number": (lambda rows: [*rows[:2], rows[2].replace('"loss": 5', '"loss": 4'), *rows[3:]], 0,
+                     "damaged, not what the checkpoint of step 5 saw"),
+    "cut": (lambda rows: rows[:4], 0, "damaged, not what the checkpoint of step 5 saw"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_damaged_metrics_are_one_line_with_the_place(tiny, half, name):
+    damage, number, says = ROWS[name]
+    path = half / "metrics.jsonl"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join(damage(rows)) + "\n")
+    assert path.read_text().splitlines() != rows
+    before = files_of(half)
+    line = refusal(tiny(half, resume=True))
+    assert f"{path}{f', line {number}' if number else ''}: " in line and says in line
+    assert files_of(half) == before
+
+
+def test_a_last_row_that_a_kill_cut_is_made_anew(tiny, whole, half):
+    with open(half / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 5.1')
+    train.main(tiny(half, resume=True))
+    assert changed(half, whole("ngpt")) == set()
+
+
+def test_two_runs_never_share_a_folder(tiny, whole, tmp_path):
+    """The lock goes with its process, however that ends."""
+    argv = tiny(tmp_path, checkpoint_interval=1)
+    rate = train.learning_rate
+    process = Process(lambda: train.main(argv), lambda: setattr(
+        train, "learning_rate", lambda c, step: (time.sleep(0.1), rate(c, step))[1]))
+    while not (tmp_path / "ckpt.pt").exists():
+        time.sleep(0.01)
+    line = refusal(tiny(tmp_path, resume=True))
+    assert f"{tmp_path}: another process is at work there" in line
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.end() == (-signal.SIGKILL, "")
+    train.main(tiny(tmp_path, resume=True))
+    assert changed(tmp_path, whole("ngpt")) == set()
+    lines = Lines(tmp_path / "log.txt", alone=True)
+    with pytest.raises(UserError, match="another process is at work there"):    # in one process too
+        Lines(tmp_path / "log.txt", alone=True)
+    lines.close()
+    Lines(tmp_path / "log.txt", alone=True).close()
+
+
+def test_only_what_a_machine_can_hold_is_begun(tiny, tmp_path, monkeypatch):
+    for changes, says in (({"n_embd": 2**18, "n_head": 8}, "n_embd=262144 and n_layer=1 take"),
+                          ({"batch_size": 10**8}, "batch_size=100000000 of block_size=32 another")):
+        assert says in refusal(tiny(tmp_path, **changes)) and not list(tmp_path.iterdir())
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")):
+        def fail(*_, error=error):
+            raise error
+        monkeypatch.setattr(train, "update", fail)
+        line = refusal(tiny(tmp_path / type(error).__name__))
+        assert "out of memory; lower batch_size=4 (and raise gradient_accumulation_steps)" in line
+    monkeypatch.setattr(train, "update", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):          # a mistake of ours keeps its traceback
+        train.main(tiny(tmp_path / "bug"))
+
+
+def test_a_second_signal_ends_at_once(tiny, tmp_path):
+    """In an operation of minutes, in which Python itself would not look for signals; within a moment, two are
+    one."""
+    def busy(*_):
+        while True:
+            torch.mm(big, big)
+    big = torch.ones(8000, 8000)                    # 10^12 operations: many seconds on one core
+    process = Process(lambda: train.main(tiny(tmp_path)), lambda: setattr(train, "update", busy))
+    while not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    for pause in (0.05, 0.5, 0.0):
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(pause)
+    started = time.monotonic()
+    status, said = process.end()
+    assert status == 128 + signal.SIGTERM and time.monotonic() - started < 3
+    assert said == "SIGTERM: stopping after this step; once more to stop at once\n"
+
+
+def test_ignored_signals_stay_ignored(tiny, tmp_path):
+    """As under nohup."""
+    handlers = []
+
+    def update(*args):
+        handlers.append(signal.getsignal(signal.SIGHUP))
+        return original(*args)
+    original, before = train.update, signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "update", update)
+        train.main(tiny(tmp_path, max_steps=1))
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN and handlers == [signal.SIG_IGN]
+
+
+@pytest.mark.parametrize("console", ["a pipe that nobody reads", "/dev/full"])
+def test_a_run_whose_console_is_gone_ends_with_a_checkpoint(tiny, whole, tmp_path, console):
+    def close():
+        if console == "/dev/full":
+            os.dup2(os.open(console, os.O_WRONLY), 1)
+        else:
+            reader, writer = os.pipe()
+            os.close(reader)
+            os.dup2(writer, 1)
+    assert tried(lambda: train.main(tiny(tmp_path)), close) == (train.STOPPED, "")
+    said = (tmp_path / "log.txt").read_text()
+    assert "the console is closed: stopped at step 0; continue with --resume" in said
+    train.main(tiny(tmp_path, resume=True))
+    assert changed(tmp_path, whole("ngpt")) == set()
+
+
+def test_interrupted_start_up_says_nothing(tmp_path):
+    process = start(REPO / "train.py", "--out_dir=none", cwd=tmp_path)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():      # among its imports
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert finish(process) == (-signal.SIGINT, "", "")
+
+
+def test_a_loop_until_done_ends(tiny, whole, tmp_path):
+    """What a cluster's queue does: the same command until it exits with 0; here each step is interrupted."""
+    def stop():
+        rate = train.learning_rate
+        train.learning_rate = lambda c, step: (os.kill(os.getpid(), signal.SIGHUP), rate(c, step))[1]
+    train.main(tiny(tmp_path, stop_at=6))
+    ends = [Process(lambda: train.main(tiny(tmp_path, resume=True)), stop).end()[0] for _ in range(5)]
+    assert ends == [train.STOPPED] * 3 + [0] * 2 and changed(tmp_path, whole("ngpt")) == set()
+
+
+def test_a_run_is_sampled_with_its_own_tokenizer(tiny, dataset, half, tmp_path):
+    data = shutil.copytree(dataset, tmp_path / "data")
+    train.main(tiny(tmp_path / "run", dataset=data, stop_at=1))
+    load_model(tmp_path / "run")
+    (data / "tokenizer.json").write_text('{"name": "gpt2"}')
+    for load in (load_model, train.load_run):
+        with pytest.raises(UserError, match="json: gpt2 is not the tokenizer of the run, bytes, a test"):
+            load(tmp_path / "run")
 
 
 # ---------------------------------------------------------------- ranks
@@ -598,6 +991,20 @@ def torchrun(folder, argv):
                                     folder / "driver.py", *argv))
     assert status == 0, err
     assert out.count("converted ") == 1             # only the first rank speaks
+
+
+@pytest.mark.long
+def test_an_error_of_one_rank_ends_both_in_order(tiny, tmp_path):
+    """The first cannot write; the other learns of it, and both leave the group they talk through."""
+    leave = ("import torch.distributed as dist\nreal = dist.destroy_process_group\n"
+             "dist.destroy_process_group = lambda: (print('left', os.environ['RANK'], flush=True), real())\n")
+    (tmp_path / "driver.py").write_text(EAGER + leave + TRAIN)
+    (tmp_path / "file").write_text("")
+    status, out, err = finish(start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                                    tmp_path / "driver.py",
+                                    *tiny(tmp_path / "file", gradient_accumulation_steps=2)))
+    assert status == 1 and sorted(re.findall(r"left \d", out)) == ["left 0", "left 1"]
+    assert err.count("train.py: ") == 1 and f"train.py: {tmp_path / 'file'}: File exists" in err
 
 
 @pytest.mark.parametrize("kind", ["all random", "hybrid", "late switch", "dge, occ, experts"])

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whatever the current folder
 
+from data.files import command
 from data.tokens import DataError, prepare
 
 HERE = Path(__file__).resolve().parent
@@ -98,7 +99,4 @@ def split(docs):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command("error")(main)()

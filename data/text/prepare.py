@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whatever the current folder
 
+from data.files import command
 from data.tokens import DataError, prepare
 
 
@@ -26,9 +27,9 @@ def main(argv=None):
     parser.add_argument("--tokenizer", default="bpe", help="bpe (trained here), gpt2 or bytes")
     parser.add_argument("--out", help="folder for train.bin, val.bin and tokenizer.json")
     c = parser.parse_args(argv)
-    path = Path(c.path).resolve()
-    if not path.exists():
+    if not Path(c.path).exists():
         raise DataError(f"{c.path}: no such file or folder; give a text file or a folder of text files")
+    path = Path(c.path).resolve()
     if c.val_every < 2:
         raise DataError(f"--val_every={c.val_every} must be at least 2 (one document in so many); raise it")
     out = Path(c.out or Path(__file__).resolve().parents[1] / (path.stem if path.is_file() else path.name))
@@ -42,7 +43,12 @@ def main(argv=None):
 
 def read_documents(path, glob):
     """returns: the texts, and their source. Files that are empty or not UTF-8 are skipped and counted."""
-    paths = [path] if path.is_file() else sorted(p for p in path.rglob(glob) if p.is_file())
+    try:
+        paths = [path] if path.is_file() else sorted(p for p in path.rglob(glob) if p.is_file())
+    except (ValueError, NotImplementedError):
+        raise DataError(f"--glob={glob} must be a pattern below {path}, as in --glob='*.md'") from None
+    except RecursionError:
+        raise DataError(f"{path}: its folders are nested too deeply; give one of them") from None
     if not paths:
         raise DataError(f"{path}: no file matches --glob={glob}; give another pattern, as in --glob='*.md'")
     docs, empty, foreign, digest = [], 0, 0, hashlib.sha256()
@@ -64,7 +70,8 @@ def read_documents(path, glob):
     if empty or foreign:
         print(f"skipped {skipped} of {len(paths)} files")
     files = f", {len(docs)} files" if path.is_dir() else ""
-    return docs, f"{path.name}{files}, sha256 {digest.hexdigest()}"
+    name = path.name.encode(errors="replace").decode()          # not all names are UTF-8
+    return docs, f"{name}{files}, sha256 {digest.hexdigest()}"
 
 
 def split_files(docs, val_every):
@@ -83,7 +90,4 @@ def split_text(text, val_every):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command("error")(main)()
