@@ -3,6 +3,7 @@ long run where they are asked for: python -m pytest -m long.
 """
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from data.tokens import prepare  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# In the background of a shell, or under nohup, these are ignored; the processes of tests would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure(config):
