@@ -760,6 +760,8 @@ def main(argv):
         raise UserError(f"{words[0]} takes {'run folders' if work is losses else 'no run folder'}")
     if min(o.tokens - 1, o.channels, o.seed + 1) < 1 or max(o.tokens, o.channels) > 10**9 or o.seed >= 2**63:
         raise UserError("--tokens must be in [2, 10^9], --channels in [1, 10^9] and --seed in [0, 2^63)")
+    with naming(o.out_dir):                         # what cannot be written is said before minutes are spent
+        Path(o.out_dir).mkdir(parents=True, exist_ok=True)
     try:
         work(folders, o, flags)
     except ModuleNotFoundError as error:            # drawing comes last: all else is written

@@ -605,6 +605,7 @@ def test_one_mlp(tiny, tmp_path):
     assert rows[4]["loss"] == pytest.approx(log_of(tmp_path / "onelayer_gpt_bf16", "val_loss")[-1], rel=1e-5)
 
 
+@pytest.mark.long                                   # test_gaussian_mse has its numbers in the meantime
 def test_format_table(tmp_path, capsys):
     """error   mean squares within 3 % of the literature (test_gaussian_mse); slopes: 1/512 of a step below 1
             by the 8-bit grid, 0.9967 by saturation"""

@@ -30,6 +30,7 @@ def make_dataset(folder):
     return folder
 
 
+@pytest.mark.long                                   # a minute of compiling
 def test_compiled_run_resumes_bit_for_bit_in_a_new_process(tmp_path):
     """4 steps equal 2 + a new process + 2.
 

@@ -1177,6 +1177,7 @@ def test_eden_mse():
     assert abs(eden / 9.4e-3 - 1) < 0.03 and eden < usual / 2
 
 
+@pytest.mark.long
 def test_eden_is_unbiased(monkeypatch):
     """Over fresh rotations, turned back, each element's mean is x within 4 standard errors, as is their sum;
     not so without the correction, though rounding to nearest has no side either."""
