@@ -1007,8 +1007,8 @@ def test_an_error_of_one_rank_ends_both_in_order(tiny, tmp_path):
     assert err.count("train.py: ") == 1 and f"train.py: {tmp_path / 'file'}: File exists" in err
 
 
-@pytest.mark.parametrize("kind", ["all random", "hybrid", *(pytest.param(kind, marks=pytest.mark.long)
-                                                            for kind in ("late switch", "dge, occ, experts"))])
+@pytest.mark.parametrize("kind", ["all random", "hybrid", pytest.param("late switch", marks=pytest.mark.long),
+                                  pytest.param("dge, occ, experts", marks=pytest.mark.long)])
 def test_two_ranks_equal_two_micro_batches(tiny, whole, tmp_path, kind):
     """One process computes a/2 + b/2, two ranks (a + b)/2: of the loss, of every gradient.
 
