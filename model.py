@@ -893,9 +893,18 @@ def load_checkpoint(path, device="cpu"):
     for name, kind in PARTS.items():
         if not isinstance(saved, dict) or not isinstance(saved.get(name), kind):
             raise UserError(f"{path}: not a checkpoint of this code (its {name} is missing)")
-    if isinstance(saved["step"], bool) or saved["step"] < 0 or set(map(type, saved["config"])) - {str}:
+    settings = saved["config"].items()
+    plain = all(isinstance(name, str) and is_plain(value) for name, value in settings)
+    if isinstance(saved["step"], bool) or saved["step"] < 0 or not plain:
         raise UserError(f"{path}: not a checkpoint of this code (step {saved['step']}, or its config)")
     return saved
+
+
+def is_plain(value):
+    """Whether a value is one that a field of a config can have."""
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(word, str) for word in value)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def misfit(found, like, name, free=()):

@@ -816,6 +816,7 @@ CONTENTS = {                                        # of a checkpoint whose ever
     "other betas": (lambda saved: saved["optimizer"]["param_groups"][0].update(betas=(0.5, 0.5)),
                     "optimizer.param_groups.0.betas.0 must be 0.9"),
     "config": (lambda saved: saved["config"].update(n_embd="many"), "n_embd=32 but the run"),
+    "a tensor": (lambda saved: saved["config"].update(n_embd=torch.ones(3)), "or its config"),
 }
 
 
