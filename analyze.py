@@ -50,8 +50,7 @@ import torch
 import nvfp4
 import train
 from assets.figures import curves, draw
-from configs.config import UserError
-from data.files import command, naming, read_json, write_json
+from data.files import UserError, command, naming, read_json, write_json
 from data.tokens import batch_at, load_data, val_starts
 from nvfp4 import FORMATS, RECIPES, hadamard, quantize
 from train import OWN_RECIPE
@@ -510,8 +509,6 @@ def table(rows, columns):
 def write(o, name, results, panels=()):
     """<out_dir>/<name>.json, numbers to 6 digits and null for NaN, and <out_dir>/<name>.png of panels."""
     path = Path(o.out_dir) / f"{name}.json"
-    with naming(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(json.dumps({"options": vars(o), **results}), parse_constant=lambda _: None,
                          parse_float=lambda digits: float(f"{float(digits):.6g}"))
     write_json(path, results)

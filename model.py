@@ -37,9 +37,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configs.config import (Count, NotNegative, Positive, Size, UserError, help_fields, read_settings,
-                            unflatten)
-from data.files import command
+from configs.config import Count, NotNegative, Positive, Size, help_fields, read_settings, unflatten
+from data.files import UserError, command
 from data.tokens import data_folder, load_tokenizer
 
 # ---------------------------------------------------------------- config
@@ -807,6 +806,11 @@ def count_parameters(model):
     return total, total - model.embed.weight.numel() - sum(block.mixer.idle() for block in model.blocks)
 
 
+def training_bytes(model):
+    """Bytes of what training keeps for every parameter, in fp32: weight, gradient, two moments of Adam."""
+    return 4 * 4 * count_parameters(model)[0]
+
+
 def flops_per_token(model):
     """FLOPs of forward and backward for one token: those of the mixers, and 6 per weight of the head."""
     mixers = sum(block.mixer.flops(model.config.block_size) for block in model.blocks)
@@ -817,13 +821,13 @@ def describe(config):
     """The model in text, from the meta device: nothing is allocated, so any size will do."""
     model = outline(config)
     c, (total, active) = model.config, count_parameters(model)
-    embedding = model.embed.weight.numel()
+    embedding, state = model.embed.weight.numel(), training_bytes(model) / 2**30
     pattern = c.pattern if len(c.pattern) <= 60 else c.pattern[:57] + "..."
     lines = [f"{c.arch}  {pattern}  C={c.n_embd} H={c.n_head} G={c.n_kv_head} D={c.head_dim} F={c.n_ffn} "
              f"V={c.vocab_size} T={c.block_size}",
              f"parameters     {total:,} ({active:,} active; {active + embedding:,} with the embedding)",
              f"FLOPs/token    {flops_per_token(model):.3g} (forward + backward)",
-             f"training state {16 * total / 2**30:.2f} GiB (fp32 weights, gradients, two Adam moments)", "",
+             f"training state {state:.2f} GiB (fp32 weights, gradients, two Adam moments)", "",
              f"{'linear layer':28s} {'out':>8s} {'in':>8s} {'weights':>14s}"]
     matrices = {id(weight) for weight in model.matrices()} - {id(model.embed.weight)}
     for name, p in model.named_parameters():

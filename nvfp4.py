@@ -591,11 +591,14 @@ def quantize_both(x, rows=None, columns=None):
     rows, columns   keyword arguments of quantize(), or None: that GEMM takes x as it is
     returns         Both: of x and of x^T, filled up with zeros, which add nothing to a sum
     """
-    x_t = x.t()
-    if columns is not None and len(x) % whole(columns):
-        x_t = F.pad(x, (0, 0, 0, -len(x) % whole(columns))).t()
+    x_t = (x if columns is None else fill_up(x, 0, -len(x) % whole(columns))).t()
     return Both(x if rows is None else quantize(x, **rows),
                 x_t if columns is None else quantize(x_t, **columns))
+
+
+def fill_up(x, columns, rows=0):
+    """x with so many columns and rows of zeros more, which add nothing to a sum."""
+    return F.pad(x, (0, columns, 0, rows)) if columns or rows else x
 
 
 def whole(how):
@@ -708,7 +711,7 @@ class FP4Config:
 
     @property
     def formats(self):
-        """The names of all formats in use."""
+        """The names of the forward's and the backward's."""
         return self.format, self.backward_format or self.format
 
     @property
@@ -736,8 +739,8 @@ class FP4Config:
         elif signs is None or self.signs == "fresh":
             signs = rotation_signs(self.signs, gemm_name, keys, self.hadamard_size)
         square = matrix == "w" and self.square_weights
-        forward = gemm_name == "fprop" or square    # a square weight is one for both
-        format = self.format if forward else self.backward_format or self.format
+        forward, backward = self.formats
+        format = forward if gemm_name == "fprop" or square else backward        # square: one weight for both
         decode = None if result is None else decoded_dtype(keys.device, format, result, experts)
         return {"format": format, "square": square,
                 "stochastic": stochastic, "seed": keys[OPERANDS.index(name)],
@@ -850,11 +853,6 @@ def wgrad(dy, x, dtype, ends=None):
     x.columns   (K, M)   wgrad.x    nearest; NVIDIA: rotated by the same signs; nGPT: amax = 1
     """
     return matmul(dy.columns, x.columns, dtype, ends)
-
-
-def fill_up(x, columns, rows=0):
-    """x with so many columns and rows of zeros more, which add nothing to a sum."""
-    return F.pad(x, (0, columns, 0, rows)) if columns or rows else x
 
 
 EXPERT_TOKENS = 32                                  # an expert's tokens begin at a multiple of it

@@ -41,12 +41,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import nvfp4
 from configs import config
-from configs.config import Count, Fraction, NotNegative, Some, UserError
-from data.files import (Lines, Stop, catch_signals, command, mute, naming, naming_memory, read_json_lines,
-                        sweep, write_json, write_whole)
+from configs.config import Count, Fraction, NotNegative, Some
+from data.files import (Lines, Stop, UserError, catch_signals, command, mute, naming, naming_memory,
+                        read_json_lines, sweep, write_json, write_whole)
 from data.tokens import Data, batch_at, load_data, prepare_missing, train_starts, unigram_loss, val_starts
 from model import (ModelConfig, build, count_parameters, flops_per_token, load_checkpoint, load_model, misfit,
-                   outline, sample_text)
+                   outline, sample_text, training_bytes)
 from nvfp4 import RECIPES, FP4Config
 
 # ---------------------------------------------------------------- config
@@ -422,7 +422,7 @@ def check_memory(c, model, device):
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
         return
-    state = 16 * count_parameters(model)[0]         # fp32: weights, gradients, two moments
+    state = training_bytes(model)
     tokens = c.batch_size * c.model.block_size      # bf16 at least: logits, and the stream before each block
     batch = 2 * tokens * (model.config.vocab_size + model.config.n_embd * len(model.blocks))
     if state + batch > total:

@@ -23,17 +23,10 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from data.files import UserError, naming
+
 HERE = Path(__file__).resolve()
 LONGEST = 4096                                      # letters of a text: no path is longer
-
-
-class UserError(ValueError):
-    """A mistake in a command, a config or a run folder, or an error of the machine: one line that names the
-    remedy, no traceback. What is quoted in it may have many lines and no end; the middle goes first."""
-
-    def __init__(self, message):
-        line = " ".join(str(message).splitlines())
-        super().__init__(line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}")
 
 
 # ---------------------------------------------------------------- fields
@@ -210,10 +203,8 @@ def read_settings(argv, owners, partial=False):
 
 def run_file(name):
     """The names that a config file leaves behind. It is looked for here, then in the repository."""
-    try:
+    with naming(name):                              # it may be too long for one
         paths = [path for path in (Path(name), HERE.parents[1] / name) if path.is_file()]
-    except OSError as error:                        # a name that is too long
-        raise UserError(f"{name}: {error.strerror}") from None
     if not paths or paths[0].suffix != ".py" or paths[0].resolve() == HERE:
         raise UserError(f"{name}: no such config file{nearest(name, config_files())}")
     try:

@@ -15,12 +15,19 @@ import threading
 import time
 from pathlib import Path
 
-from configs.config import UserError
-
 try:
     import fcntl
 except ImportError:                                 # no POSIX: no locks
     fcntl = None
+
+
+class UserError(ValueError):
+    """A mistake in a command, a config or a run folder, or an error of the machine: one line that names the
+    remedy, no traceback. What is quoted in it may have many lines and no end; the middle goes first."""
+
+    def __init__(self, message):
+        line = " ".join(str(message).splitlines())
+        super().__init__(line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}")
 
 
 def explain(error):

@@ -37,8 +37,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from configs.config import UserError
-from data.files import naming, parse_object, write_whole
+from data.files import UserError, naming, parse_object, write_whole
 
 MAGIC = b"NVFP4BIN"
 VERSION = 1

@@ -35,3 +35,15 @@ def dataset(tmp_path_factory):
     text = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=20000))
     prepare([text[2000:]], [text[:2000]], folder, "a test", tokenizer="bytes")
     return folder
+
+
+@pytest.fixture
+def unfused(monkeypatch):
+    """Definitions as they stand, without torch.compile. One thread: more are slower on tiny tensors."""
+    import nvfp4                                    # once it is known who runs the kernels
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(nvfp4, "can_compile", lambda kind: False)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

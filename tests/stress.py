@@ -34,7 +34,7 @@ import model  # noqa: E402
 import nvfp4  # noqa: E402
 import train  # noqa: E402
 from configs import config  # noqa: E402
-from configs.config import UserError  # noqa: E402
+from data.files import UserError  # noqa: E402
 from data.tokens import prepare  # noqa: E402
 
 BUG = 70                                            # exit status of a traceback

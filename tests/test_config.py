@@ -17,7 +17,8 @@ sys.path.insert(0, str(REPO))
 
 import train  # noqa: E402
 from configs import config  # noqa: E402
-from configs.config import UserError, read_settings  # noqa: E402
+from configs.config import read_settings  # noqa: E402
+from data.files import UserError  # noqa: E402
 from model import ModelConfig, build, count_parameters  # noqa: E402
 from nvfp4 import RECIPES, FP4Config  # noqa: E402
 from train import OWNERS, Config, flatten, load_config, unflatten  # noqa: E402

@@ -28,18 +28,8 @@ SMALL = ModelConfig(pattern="ME*-", n_embd=64, n_head=4, n_kv_head=2, n_ffn=48, 
                     mamba_n_head=16, mamba_head_dim=8, mamba_n_group=4, mamba_n_state=16, mamba_chunk=8,
                     moe_n_expert=4, moe_n_active=2)
 EPS = torch.finfo(torch.float32).eps
+pytestmark = pytest.mark.usefixtures("unfused")
 PLACE = 0x1234_5678_9ABC_DEF0, 7, 0                 # seed, step, micro_batch
-
-
-@pytest.fixture(autouse=True)
-def unfused(monkeypatch):
-    """Definitions as they stand, without a compiler. One thread: more are slower on tensors this tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(nvfp4, "can_compile", lambda kind: False)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(arch="gpt", **changes):

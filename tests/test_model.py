@@ -22,18 +22,7 @@ from model import (GPT, NGPT, Mixer, ModelConfig, Scale, build, count_parameters
 
 SMALL = ModelConfig(n_layer=2, n_embd=64, n_head=4, n_kv_head=2, n_ffn=96, block_size=32, vocab_size=80)
 EPS = torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(autouse=True)
-def unfused(monkeypatch):
-    """The models are under test, not torch.compile: quantize with the definition as it stands. One thread:
-    more are slower on tensors as tiny as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(nvfp4, "can_compile", lambda kind: False)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("unfused")
 
 
 def make(arch="ngpt", **changes):

@@ -31,8 +31,7 @@ sys.path.insert(0, str(REPO))
 import nvfp4  # noqa: E402
 import stress  # noqa: E402
 import train  # noqa: E402
-from configs.config import UserError  # noqa: E402
-from data.files import Lines  # noqa: E402
+from data.files import Lines, UserError  # noqa: E402
 from data.tokens import read_tokens, write_tokens  # noqa: E402
 from model import PARTS, MoE, build, load_model  # noqa: E402
 from nvfp4 import OPERANDS  # noqa: E402
