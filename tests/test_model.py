@@ -18,7 +18,7 @@ import nvfp4  # noqa: E402
 import train  # noqa: E402
 from data.tokens import load_tokenizer, prepare  # noqa: E402
 from model import (GPT, NGPT, Mixer, ModelConfig, Scale, build, count_parameters, describe,  # noqa: E402
-                   flops_per_token, generate, rope, rope_tables, sample_text, unit)
+                   flops_per_token, generate, rope, rope_tables, sample_text, training_bytes, unit)
 
 SMALL = ModelConfig(n_layer=2, n_embd=64, n_head=4, n_kv_head=2, n_ffn=96, block_size=32, vocab_size=80)
 EPS = torch.finfo(torch.float32).eps
@@ -312,6 +312,18 @@ class Odd(Mixer):
     def forward(self, x, state=None):
         x = F.conv1d(F.pad(x.transpose(1, 2), (2, 0)), self.conv, groups=x.size(2)).transpose(1, 2)
         return torch.einsum("btf,ecf,bte->btc", self.up(x), self.experts, self.router(x).softmax(-1))
+
+
+def test_training_state_is_what_a_step_leaves():
+    model, idx = make(), tokens()
+    optimizer = train.make_optimizer(model, train.make_config({}))
+    model(idx, idx).backward()
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    kept = [*model.parameters(), *(p.grad for p in model.parameters()), *moments]
+    assert training_bytes(model) == sum(t.numel() * t.element_size() for t in kept)
+    state = f"training state {training_bytes(model) / 2**30:.2f} GiB"
+    assert state in describe(model.config)
 
 
 @pytest.mark.parametrize("arch", ["gpt", "ngpt"])
