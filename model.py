@@ -21,7 +21,8 @@ Letters
 Sources: 2410.01131 (nGPT), 2605.06067 appendix A (nGPT with normalized GEMM inputs: what makes it natively
 4-bit), 2405.21060 (Mamba-2), 2512.20848 (the mixture of experts of Nemotron 3 Nano).
 
-    python model.py configs/ngpt_1b.py --n_layer=10    describe a model: parameters, FLOPs, memory, layers
+    python model.py configs/ngpt_1b.py --n_layer=10    describe a model: parameters, FLOPs, memory, layers;
+                                                       --ranks=8: and what each of them would keep
     python model.py out/ngpt_tiny "The state of"       sample from a run
 """
 import functools
@@ -36,10 +37,12 @@ from typing import Annotated, Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from configs.config import Count, NotNegative, Positive, Size, help_fields, read_settings, unflatten
 from data.files import UserError, command
 from data.tokens import data_folder, load_tokenizer
+from ranks import part_of, read_about, read_parts, whole_parts
 
 # ---------------------------------------------------------------- config
 
@@ -56,6 +59,7 @@ class ModelConfig:
     n_ffn: Size | None = None                       # hidden channels of the MLP; None: 4 * n_embd
     activation: Literal["relu2", "swiglu"] = "relu2"  # relu2: relu(x)^2; swiglu: u * silu(v)
     block_size: Count = 256                         # tokens of context
+    document_start: Annotated[int, -1, 2**32] | None = None  # token that hides all before; -1: the dataset's
     vocab_size: Annotated[int, 1, 2**32] | None = None  # None: that of the dataset
     rope_base: NotNegative = 10000.0                # base of the rotary positions; 0: no positions
     init_std: Positive | None = None                # of weights; None: 0.02 (gpt) or 1/sqrt(n_embd) (ngpt)
@@ -112,6 +116,9 @@ class ModelConfig:
         for name in ("moe_scale", "moe_bias_rate", "moe_aux_loss"):
             if not 0 <= getattr(c, name) < math.inf:
                 raise UserError(f"{name}={getattr(c, name)} must be a number >= 0")
+        if c.document_start is not None and not 0 <= c.document_start < c.vocab_size:
+            raise UserError(f"document_start={c.document_start} must be a token, from 0 to "
+                            f"vocab_size={c.vocab_size} - 1; train.py finds the one that -1 stands for")
         if c.head_dim % 2 and c.rope_base:
             raise UserError(f"head_dim={c.head_dim} must be even for rotary positions; or set rope_base=0")
         return c
@@ -124,10 +131,10 @@ def unit(x):
     return F.normalize(x.float(), dim=-1, eps=1e-6).to(x.dtype)
 
 
-def rope_tables(start, T, D, base, device):
-    """cos and sin of position * base^(-2i/D), for T positions from start on: each (T, D/2) fp32."""
-    frequency = base ** (-torch.arange(0, D, 2, device=device).float() / D)
-    angle = torch.arange(start, start + T, device=device).float()[:, None] * frequency
+def rope_tables(positions, D, base):
+    """cos and sin of position * base^(-2i/D), for positions (..., T): each (..., T, D/2) fp32."""
+    frequency = base ** (-torch.arange(0, D, 2, device=positions.device).float() / D)
+    angle = positions.float()[..., None] * frequency
     return angle.cos(), angle.sin()
 
 
@@ -159,9 +166,10 @@ class Mixer(nn.Module):
     """What a mixer tells of itself. Where its weights are linear layers, reads() and writes() are enough.
 
     forward x (B, T, C), what enters; state, for decoding: a dict of the mixer's own, empty before the first
-    token, where it leaves what it must know of the tokens so far; None: x is all there is -> (B, T, C)
+    token, where it leaves what it must know of the tokens so far; None: x is all there is. Where documents
+    are kept apart there always is one, with starts (B, n) in it: at which token the document of each began,
+    of all n so far, those of x included -> (B, T, C)
     """
-    aux = None                                      # a loss of its own, of the last forward: () or none
 
     def reads(self):
         """[(weight, its axis along the residual stream), ...] of what reads from the stream."""
@@ -195,6 +203,10 @@ class Mixer(nn.Module):
         """FLOPs of forward and backward for one of T tokens."""
         return 6 * (sum(weight.numel() for weight in self.matrices()) - self.idle())
 
+    def after_forward(self):
+        """Called once a forward, whereas forward() itself runs twice in a checkpointed block. Returns a loss
+        of the mixer's own, () or None."""
+
     def after_step(self, total):
         """Called after every optimizer step; total(x) adds x up over the ranks. Returns {name: number} for
         the log."""
@@ -227,7 +239,10 @@ class Attention(Mixer):
         q, k, v = self.qkv(x).view(B, T, -1, self.D).transpose(1, 2).split([self.H, self.G, self.G], 1)
         if self.rope_base:
             before = state.get("tokens", 0) if state is not None else 0
-            cos, sin = rope_tables(before, T, self.D, self.rope_base, x.device)
+            positions = torch.arange(before, before + T, device=x.device)
+            if state and "starts" in state:
+                positions = (positions - state["starts"][:, -T:])[:, None]      # (B, 1, T)
+            cos, sin = rope_tables(positions, self.D, self.rope_base)
             q, k = rope(q, cos, sin), rope(k, cos, sin)
         return q, k, v
 
@@ -236,11 +251,14 @@ class Attention(Mixer):
         last block_size, whatever their number."""
         mask = None
         if state is not None:
-            if state:
+            if "k" in state:
                 k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
             S, T = k.size(2), q.size(2)             # query i is token S - T + i of those there are
             age = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
             mask = (age >= 0) & (age < self.block_size)
+            if "starts" in state:
+                starts = state["starts"][:, -S:]
+                mask = mask & (starts[:, -T:, None] == starts[:, None])[:, None]            # (B, 1, T, S)
             state.update(k=k[:, :, -self.block_size:], v=v[:, :, -self.block_size:],
                          tokens=state.get("tokens", 0) + T)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.H != self.G)
@@ -282,7 +300,15 @@ class MLP(Mixer):
 
 # ---------------------------------------------------------------- Mamba-2
 
-def ssm(x, dt, A, B, C, h=None):
+FORGET = -1000.0                                    # exp() of it is 0 in fp64 too; -inf - -inf would be NaN
+
+
+def log_decay(dt, A, begins):
+    """dt A (b, T, H); where a document begins, of begins (b, T), nothing of the past is left."""
+    return dt * A if begins is None else torch.where(begins[..., None], FORGET, dt * A)
+
+
+def ssm(x, dt, A, B, C, h=None, begins=None):
     """The state space model of Mamba-2, one token at a time: its definition.
 
         h <- exp(dt_t A) h + dt_t x_t B_t^T        a head's state (P, N), a sum of the past that decays
@@ -291,14 +317,15 @@ def ssm(x, dt, A, B, C, h=None):
     x (b, T, H, P)      inputs of a batch of b; dt (b, T, H) > 0, time steps, and A (H,) < 0 set the decay
     B, C (b, T, G, N)   how a token is written and read; H / G heads share them
     h (b, H, P, N)      the state before the first token; None: zeros
+    begins (b, T)       whether the state is forgotten before a token; None: never
     returns             y (b, T, H, P) and the last h
     source              2405.21060 section 2
     """
     B, C = (t.repeat_interleave(x.size(2) // t.size(2), 2) for t in (B, C))     # (B, T, H, N)
     h = x.new_zeros(*x.shape[:1], *x.shape[2:], B.size(-1)) if h is None else h
-    y = []
+    a, y = log_decay(dt, A, begins), []
     for t in range(x.size(1)):
-        decay, update = (dt[:, t] * A).exp(), dt[:, t, :, None] * x[:, t]
+        decay, update = a[:, t].exp(), dt[:, t, :, None] * x[:, t]
         h = decay[:, :, None, None] * h + update[..., None] * B[:, t, :, None]
         y.append((h @ C[:, t, :, :, None]).squeeze(-1))
     return torch.stack(y, 1), h
@@ -319,7 +346,7 @@ def decays(total, dtype):
     return difference.masked_fill(torch.ones_like(difference, dtype=torch.bool).triu(1), -math.inf).exp()
 
 
-def ssm_chunked(x, dt, A, B, C, h=None, L=128):
+def ssm_chunked(x, dt, A, B, C, h=None, L=128, begins=None):
     """The same by matrix products: ssm() unrolled within chunks of L tokens, and from chunk to chunk.
 
     Within a chunk y_i = sum_(j<=i) (C_i . B_j) decay_ij dt_j x_j, like attention without a softmax. What a
@@ -331,7 +358,8 @@ def ssm_chunked(x, dt, A, B, C, h=None, L=128):
     L = min(L, T)
     padding = -T % L                                # filled up with dt = 0, which changes no state
     x, dt, B, C = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, padding)) for t in (x, dt, B, C))
-    a = (dt * A).view(b, -1, L, G, H // G).permute(0, 1, 3, 4, 2)               # b c g r i
+    begins = None if begins is None else F.pad(begins, (0, padding))
+    a = log_decay(dt, A, begins).view(b, -1, L, G, H // G).permute(0, 1, 3, 4, 2)    # b c g r i
     x = (x * dt[..., None]).view(b, -1, L, G, H // G, P)                        # b c i g r p
     B, C = (t.view(b, -1, L, G, N) for t in (B, C))                             # b c i g n
     total = running_sum(a)
@@ -399,10 +427,15 @@ class Mamba(Mixer):
     def convolve(self, x, state):
         """A causal convolution of each channel: (B, T, channels) -> the same, fp32."""
         W, T = len(self.conv), x.size(1)
-        x = F.pad(x, (0, 0, W - 1, 0)) if not state else torch.cat([state["window"], x], 1)
+        before = state.get("window") if state else None
+        x = F.pad(x, (0, 0, W - 1, 0)) if before is None else torch.cat([before, x], 1)
+        taps = [x[:, i:i + T] for i in range(W)]
+        if state and "starts" in state:             # a tap in another document is zero
+            starts = F.pad(state["starts"], (W - 1, 0))[:, 1 - W - T:]
+            taps = [taps[i] * (starts[:, i:i + T] == starts[:, W - 1:])[..., None] for i in range(W)]
         if state is not None:
             state["window"] = x[:, T:]
-        return self.conv_bias + sum(self.conv[i] * x[:, i:i + T] for i in range(W))
+        return self.conv_bias + sum(self.conv[i] * taps[i] for i in range(W))
 
     def mix(self, x, state):
         """x (B, T, C) -> what out_proj reads, (B, T, H P)."""
@@ -413,7 +446,11 @@ class Mamba(Mixer):
             x, (B, C) = x.view(b, T, self.H, self.P), (t.view(b, T, self.G, self.N) for t in (B, C))
             dt = F.softplus(dt.float() + self.dt_bias)
             A, h = -self.A_log.float().exp(), state.get("h") if state else None
-            y, h = ssm_chunked(x, dt, A, B, C, h, self.L)
+            begins = None
+            if state and "starts" in state:
+                n = state["starts"].size(1)
+                begins = state["starts"][:, -T:] == torch.arange(n - T, n, device=x.device)     # (B, T)
+            y, h = ssm_chunked(x, dt, A, B, C, h, self.L, begins)
             if state is not None:
                 state["h"] = h
             y = (y + self.D[:, None] * x).flatten(2) * F.silu(z.float())
@@ -538,10 +575,10 @@ class MoE(Mixer):
         chosen = (s + self.bias).topk(self.K).indices
         weights = s.gather(-1, chosen)
         weights = self.scale * weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        self.aux = None
+        self.aux = self.count = None
         if self.training:
             count = F.one_hot(chosen, self.E).sum(2).float()                    # (B, T, E)
-            self.load += count.sum((0, 1))
+            self.count = count.sum((0, 1))
             share = s / (s.sum(-1, keepdim=True) + 1e-20)
             aux = self.aux_loss * self.E * (count.mean(1) / self.K * share.mean(1)).sum(-1).mean()
             self.aux = aux - aux.detach()           # 0, with a gradient
@@ -567,6 +604,12 @@ class MoE(Mixer):
         ends = padded.cumsum(0).to(torch.int32)
         ends[-1] = n_rows                           # the zeros at the end are the last expert's
         return row_of.view_as(chosen), choice_of, ends
+
+    def after_forward(self):
+        if self.count is not None:
+            self.load += self.count
+        aux, self.aux, self.count = self.aux, None, None
+        return aux
 
     @torch.no_grad()
     def after_step(self, total):
@@ -600,6 +643,11 @@ class PreNormBlock(nn.Module):
         return h + self.mixer(self.norm(h), state)
 
 
+def block_from(block, state, h):
+    """A block that leaves the state as it is, so that it can be run again."""
+    return block(h, state and dict(state))
+
+
 class GPT(nn.Module):
     """The standard transformer: pre-norm residual blocks, RMSNorm, untied embedding and head, no biases.
 
@@ -608,6 +656,7 @@ class GPT(nn.Module):
     """
     mixers = {"*": Attention, "-": MLP, "M": Mamba, "E": MoE}
     block = PreNormBlock
+    activation_checkpointing = False                # keep a block's input alone, and compute the rest twice
 
     def __init__(self, config):
         super().__init__()
@@ -643,15 +692,32 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, state=None):
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens must fit block_size={self.config.block_size}; crop them")
+        if self.config.document_start is not None:
+            state = self.find_documents(idx, state or [{} for _ in self.blocks])
         h = self.embed(idx)                         # (B, T, C)
         for i, block in enumerate(self.blocks):
-            h = block(h, state and state[i])
+            own = state and state[i]
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                again = functools.partial(block_from, block, own)
+                h = checkpoint(again, h, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = block(h, own)
         found = self.logits(h) if targets is None else self.loss(h, targets)
         for block in self.blocks:
-            aux, block.mixer.aux = block.mixer.aux, None
+            aux = block.mixer.after_forward()
             if aux is not None and targets is not None:
                 found = found + aux
         return found
+
+    def find_documents(self, idx, state):
+        """The state with starts in it, of the tokens before idx (B, T) and of these."""
+        before = state[0].get("starts", idx[:, :0])
+        place = torch.arange(before.size(1), before.size(1) + idx.size(1), device=idx.device)
+        starts = torch.where(idx == self.config.document_start, place, 0)
+        starts = torch.cat([before, starts], 1).cummax(1).values
+        for own in state:
+            own["starts"] = starts
+        return state
 
     def normalize_(self):
         """Called after every optimizer step: a standard transformer has nothing to normalize."""
@@ -798,6 +864,13 @@ def outline(config):
         return build(config)
 
 
+def compile_blocks(model, **how):
+    """Have torch.compile fuse what lies between the GEMMs, block by block: equal ones share a compilation."""
+    for block in model.blocks:
+        block.compile(dynamic=False, **how)
+    model.loss = torch.compile(model.loss, dynamic=False, **how)
+
+
 # ---------------------------------------------------------------- counting
 
 def count_parameters(model):
@@ -808,7 +881,7 @@ def count_parameters(model):
 
 def training_bytes(model):
     """Bytes of what training keeps for every parameter, in fp32: weight, gradient, two moments of Adam."""
-    return 4 * 4 * count_parameters(model)[0]
+    return 4 * 4 * sum(p.numel() for p in model.parameters())
 
 
 def flops_per_token(model):
@@ -817,8 +890,9 @@ def flops_per_token(model):
     return mixers + 6 * model.head.weight.numel()
 
 
-def describe(config):
-    """The model in text, from the meta device: nothing is allocated, so any size will do."""
+def describe(config, n_ranks=1):
+    """The model in text, from the meta device: nothing is allocated, so any size will do. n_ranks: with what
+    each of so many keeps by --parallel=fsdp, and which of nGPT's norms add up over all of them."""
     model = outline(config)
     c, (total, active) = model.config, count_parameters(model)
     embedding, state = model.embed.weight.numel(), training_bytes(model) / 2**30
@@ -827,13 +901,28 @@ def describe(config):
              f"V={c.vocab_size} T={c.block_size}",
              f"parameters     {total:,} ({active:,} active; {active + embedding:,} with the embedding)",
              f"FLOPs/token    {flops_per_token(model):.3g} (forward + backward)",
-             f"training state {state:.2f} GiB (fp32 weights, gradients, two Adam moments)", "",
-             f"{'linear layer':28s} {'out':>8s} {'in':>8s} {'weights':>14s}"]
+             f"training state {state:.2f} GiB (fp32 weights, gradients, two Adam moments)"]
+    if n_ranks > 1:
+        kept = sum(math.prod(part_of(p.shape, n_ranks)) for p in model.parameters())
+        sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+        block, rest = 4 * max(sizes) / 2**30, 4 * (total - sum(sizes)) / 2**30
+        lines.append(f"of {n_ranks} ranks".ljust(15) + f"{16 * kept / 2**30:.2f} GiB of it each; in fp32 "
+                     f"{block:.2f} GiB of the largest block, while it is used, {rest:.2f} GiB beside blocks")
+    lines += ["", f"{'linear layer':28s} {'out':>8s} {'in':>8s} {'weights':>14s}"
+              + f"  {'a rank keeps':>20s}  norms" * (n_ranks > 1)]
     matrices = {id(weight) for weight in model.matrices()} - {id(model.embed.weight)}
+    streams = {id(weight): axis for block in model.blocks for weight, axis in block.mixer.stream_weights()}
+    streams[id(model.head.weight)] = -1
     for name, p in model.named_parameters():
         if id(p) in matrices:
             out, into = p.shape[-2:]
-            lines.append(f"{name.removesuffix('.weight'):28s} {out:8d} {into:8d} {p.numel():14,}")
+            line = f"{name.removesuffix('.weight'):28s} {out:8d} {into:8d} {p.numel():14,}"
+            if n_ranks > 1:
+                part = " x ".join(map(str, part_of(p.shape, n_ranks)))
+                axis = streams.get(id(p)) if c.arch == "ngpt" else None
+                norms = "none" if axis is None else "over all ranks" if axis % p.dim() == 0 else "its own"
+                line += f"  {part:>20s}  {norms}"
+            lines.append(line)
     return "\n".join(lines)
 
 
@@ -877,30 +966,52 @@ def sample_text(model, tokenizer, prompt="", n_tokens=200, seed=0, **kw):
 OWNERS = (("", ModelConfig),)
 
 
-PARTS = {"model": dict, "optimizer": dict, "step": int, "config": dict, "origin": str,      # of a checkpoint
-         "rows": int | None}                        # None: earlier versions had none
+# What a checkpoint consists of; earlier versions had no rows.
+ABOUT = {"step": int, "config": dict, "origin": str, "rows": int | None}
+TENSORS = {"model": dict, "optimizer": dict}
+
+
+def newest_checkpoint(folder):
+    """The path of a run's checkpoint, whether it exists or not: ckpt.pt, or a folder of parts."""
+    whole, file = whole_parts(folder), Path(folder, "ckpt.pt")
+    if whole and file.exists():                     # a kill came before the older one was removed
+        return max(whole[-1], file, key=lambda path: load_checkpoint(path)["step"])
+    return whole[-1] if whole else file
 
 
 def load_checkpoint(path, device="cpu"):
-    """What train.py saved: a dict of PARTS, without a flipped bit. Whether its tensors are those of a model
-    is for misfit() to say. raises UserError"""
-    if not path.is_file():
+    """What train.py saved, as a dict: ABOUT it and, of a file, its TENSORS, without a flipped bit. Whether
+    those are of a model is for misfit() to say. raises UserError"""
+    if path.is_dir():
+        saved = read_about(path)
+        expected = ABOUT | {"files": dict}
+    elif path.is_file():
+        saved, expected = load_file(path, device), TENSORS | ABOUT
+    else:
         raise UserError(f"{path}: no checkpoint there; train a run first, or give another folder")
-    try:
-        with zipfile.ZipFile(path) as archive:      # torch.load does not look at the checksums
-            flipped = archive.testzip()
-        saved = None if flipped else torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:                      # of readers, of whatever the file holds: no code of ours
-        raise UserError(f"{path}: not a checkpoint of this code ({error or type(error).__name__})") from None
-    if flipped:
-        raise UserError(f"{path}: damaged on disk, in {flipped}; copy it anew, or start another run")
-    for name, kind in PARTS.items():
+    for name, kind in expected.items():
         if not isinstance(saved, dict) or not isinstance(saved.get(name), kind):
             raise UserError(f"{path}: not a checkpoint of this code (its {name} is missing)")
     settings = saved["config"].items()
     plain = all(isinstance(name, str) and is_plain(value) for name, value in settings)
     if isinstance(saved["step"], bool) or saved["step"] < 0 or not plain:
         raise UserError(f"{path}: not a checkpoint of this code (step {saved['step']}, or its config)")
+    return saved
+
+
+def load_file(path, device):
+    try:
+        # torch.load looks at no checksum, and testzip() at no attribute: one makes a folder of a tensor,
+        # which torch then does not read
+        with zipfile.ZipFile(path) as archive:
+            odd = [e.filename for e in archive.infolist()
+                   if e.external_attr or e.file_size != e.compress_size]
+            flipped = odd[0] if odd else archive.testzip()
+        saved = None if flipped else torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:                      # of readers, of whatever the file holds: no code of ours
+        raise UserError(f"{path}: not a checkpoint of this code ({error or type(error).__name__})") from None
+    if flipped:
+        raise UserError(f"{path}: damaged on disk, in {flipped}; copy it anew, or start another run")
     return saved
 
 
@@ -911,14 +1022,17 @@ def is_plain(value):
     return value is None or isinstance(value, (bool, int, float, str))
 
 
+def is_finite(tensor):
+    return bool(math.isfinite(tensor.sum()) or tensor.isfinite().all())         # the sum needs no memory
+
+
 def misfit(found, like, name, free=()):
     """Where a tree of dicts, lists and leaves first differs from another, in words, or None: tensors must be
     finite and agree in shape and dtype, other leaves be equal, but for keys of dicts that are free."""
     if torch.is_tensor(like):
         if not torch.is_tensor(found) or (found.shape, found.dtype) != (like.shape, like.dtype):
             return f"{name} must be {tuple(like.shape)} of {like.dtype}"
-        finite = math.isfinite(found.sum()) or found.isfinite().all()           # the sum needs no memory
-        return None if finite else f"{name} is not finite"
+        return None if is_finite(found) else f"{name} is not finite"
     if isinstance(like, dict) and isinstance(found, dict):
         if found.keys() != like.keys():
             return f"{name}.{min(found.keys() ^ like.keys(), key=str)} is missing, or should not be there"
@@ -934,10 +1048,14 @@ def misfit(found, like, name, free=()):
 def load_model(folder, device="cpu"):
     """The trained model of a run in high precision, its tokenizer, and the run's config: (model, tokenizer,
     {field: value}). raises UserError"""
-    path = Path(folder) / "ckpt.pt"
+    path = newest_checkpoint(folder)
     saved = load_checkpoint(path, device)
     try:
         c = ModelConfig(**unflatten(saved["config"], OWNERS))
+        if path.is_dir():
+            found = outline(c).to_empty(device="cpu").state_dict()
+            read_parts(path, {f"model/{name}": tensor for name, tensor in found.items()}, saved)
+            saved["model"] = found
         wrong = misfit(saved["model"], dict(outline(c).state_dict()), "model")
         tokenizer = load_tokenizer(data_folder(str(saved["config"].get("dataset"))), saved["origin"])
     except UserError as error:
@@ -954,8 +1072,12 @@ def main(argv):
     if not argv or "-h" in argv or "--help" in argv:
         print(f"{__doc__.strip()}\n{help_fields(OWNERS)}")
     elif argv[0].endswith(".py") or argv[0].startswith("-"):
-        settings, _ = read_settings(argv, OWNERS, partial=True)
-        print(describe(ModelConfig(**settings)))
+        flag = next((word for word in argv if word.startswith("--ranks=")), "--ranks=1")
+        n_ranks = flag.removeprefix("--ranks=")
+        if not n_ranks.isdecimal() or int(n_ranks) < 1:
+            raise UserError(f"{flag} must be a number of ranks, as in --ranks=8")
+        settings, _ = read_settings([word for word in argv if word != flag], OWNERS, partial=True)
+        print(describe(ModelConfig(**settings), int(n_ranks)))
     else:
         model, tokenizer, _ = load_model(argv[0])
         print(sample_text(model, tokenizer, " ".join(argv[1:])))

@@ -90,7 +90,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 try:
@@ -666,6 +667,7 @@ class FP4Config:
     input_amax: float | None = None                 # fixed tensor scale of activations; None: measured
     weight_amax: float | None = None                # the same for weights
     grad_amax: float | None = None                  # the same for output gradients
+    e5m2: tuple[str, ...] = ()                      # GEMMs that take the output gradient in FP8: dgrad,wgrad
     until: float | None = None                      # part of training after which GEMMs leave FP4; None: none
     switched: tuple[str, ...] = GEMMS               # the GEMMs that do
     head_blocks: int = 0                            # first blocks of the model kept in high precision
@@ -674,7 +676,8 @@ class FP4Config:
 
     def __post_init__(self):
         for name, allowed in (("gemms", GEMMS), ("stochastic", OPERANDS), ("hadamard", GEMMS),
-                              ("switched", GEMMS), ("format", FORMATS), ("backward_format", (None, *FORMATS)),
+                              ("switched", GEMMS), ("e5m2", GEMMS[1:]),
+                              ("format", FORMATS), ("backward_format", (None, *FORMATS)),
                               ("hadamard_size", (16, 32, 128)), ("signs", ("fixed", "none", "fresh"))):
             value = getattr(self, name)
             for word in value if isinstance(value, tuple) else (value,):
@@ -684,6 +687,8 @@ class FP4Config:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"fp4_{name}={value} must be a positive number, or None to measure it")
+        for gemm_name in set(self.e5m2) & set(self.gemms):
+            raise ValueError(f"fp4_e5m2={gemm_name} must not be in FP4; take it out of fp4_gemms")
         if self.until is not None and not 0 <= self.until < 1:
             raise ValueError(f"fp4_until={self.until} must be in [0, 1), or None for never")
         if not 0 <= self.tail <= 1:
@@ -719,6 +724,12 @@ class FP4Config:
         """What a layer's N is filled up to a multiple of: blocks and, where dgrad is rotated, its runs."""
         blocks = [FORMATS[format].block for format in self.formats]
         return max(*blocks, self.hadamard_size if "dgrad" in self.hadamard else 1)
+
+    def without(self, gemms):
+        """The same recipe with these GEMMs in high precision."""
+        gemms, e5m2 = (tuple(gemm_name for gemm_name in names if gemm_name not in gemms)
+                       for names in (self.gemms, self.e5m2))
+        return replace(self, gemms=gemms, e5m2=e5m2)
 
     def operand(self, name, keys, signs=None, result=None, experts=False):
         """What the recipe gives one of OPERANDS: keyword arguments of quantize(), or None where that GEMM
@@ -781,7 +792,8 @@ RECIPES = {
     # The same as "nvfp4" in MXFP4, with which 2509.25149 compares, rotated in runs of its block.
     "mxfp4": FP4Config(format="mxfp4", hadamard=("wgrad",), hadamard_size=32, tail=0.15),
     # 2501.17116: scales of tokens and output channels, outliers clamped and compensated, dw by DGE. Gradients
-    # stay in BF16, and so do the GEMMs of the backward, which multiply them with the 4-bit values.
+    # stay in BF16, and so do the GEMMs of the backward, which multiply them with the 4-bit values. In the
+    # paper's code they are in FP8, of which its text says nothing: e5m2=("dgrad", "wgrad").
     "fp4_dge_occ": FP4Config(format="e2m1_vector", gemms=("fprop",), stochastic=(), square_weights=False,
                              reuse_codes=True, dge_k=5.0, occ=0.99),
     # 2601.22813: four over six in the forward; in the backward MS-EDEN for all four operands, with a rotation
@@ -792,6 +804,13 @@ RECIPES = {
     # 2505.19115: no rotation; beside gradients the activation of wgrad is rounded stochastically. The
     # paper ends with a short phase whose backward is in BF16: until=..., switched=("dgrad", "wgrad").
     "fp4_all_the_way": FP4Config(square_weights=False, stochastic=("dgrad.dy", "wgrad.dy", "wgrad.x")),
+    # 2510.27527, TetraJet-v2, its aligned backward alone: of x and w as the forward's codes have them, all of
+    # it rounded stochastically, rotated with signs that are drawn anew, as in its code. Missing are scales of
+    # 1x128 blocks in place of the tensor's, OsciReset, which stops weights from swinging between two codes,
+    # and OutControl, a tenth of the activation's channels in MXFP8.
+    "tetrajet2": FP4Config(square_weights=False, reuse_codes=True,
+                           stochastic=("dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x"),
+                           hadamard=("dgrad", "wgrad"), signs="fresh"),
     # 2605.09825 section 4: nothing is random. All is rounded to nearest, wgrad's operands are rotated without
     # signs, and no block is kept in BF16.
     "mxfp4_h16": FP4Config(format="mxfp4", stochastic=(), hadamard=("wgrad",), signs="none"),
@@ -808,6 +827,8 @@ def describe_operand(cfg, name):
     how = cfg.operand(name, torch.zeros(len(OPERANDS), 2, dtype=torch.int64))
     of_codes = ["of fprop's codes"] * (cfg.reuse_codes and name in ("dgrad.w", "wgrad.x"))
     if how is None:
+        if name in [f"{gemm_name}.dy" for gemm_name in cfg.e5m2]:
+            return "FP8 E5M2"
         return ", ".join(["high precision", *of_codes]) if of_codes else None
     form = FORMATS[how["format"]]
     words = of_codes + [form.name] * (form.name != cfg.format)
@@ -887,7 +908,12 @@ class FP4Function(torch.autograd.Function):
         cfg, experts, (needs_dx, needs_dw, *_) = ctx.cfg, ends is not None, ctx.needs_input_grad
         for_dgrad = cfg.operand("dgrad.dy", keys, signs, dy.dtype, experts) if needs_dx else None
         for_wgrad = cfg.operand("wgrad.dy", keys, signs, ctx.w_dtype, experts) if needs_dw else None
-        quantized_dy = quantize_both(fill_up(dy, ctx.padding), for_dgrad, for_wgrad)
+        dy = fill_up(dy, ctx.padding)
+        quantized_dy = quantize_both(dy, for_dgrad, for_wgrad)
+        if cfg.e5m2:
+            rounded = e5m2(dy)
+            quantized_dy = Both(rounded if "dgrad" in cfg.e5m2 else quantized_dy.rows,
+                                rounded.t() if "wgrad" in cfg.e5m2 else quantized_dy.columns)
         if needs_dw and cfg.reuse_codes:
             for_x = cfg.operand("wgrad.x", keys, signs, ctx.w_dtype, experts)
             x_columns = from_codes(x_columns, for_x, dy.dtype)
@@ -908,6 +934,18 @@ def from_codes(rows, how, dtype):
 
 
 # ---------------------------------------------------------------- what 2501.17116 puts before and after
+
+def e5m2(dy):
+    """A gradient as FP8 E5M2 has it, in its own dtype: by a power of two its largest magnitude comes as close
+    to E5M2's, 57344 = 0.875 * 2^16, as it can from below.
+
+    source  2501.17116's code; its text is silent, and the scale is our choice
+    """
+    amax = tensor_amax(dy)
+    mantissa, exponent = torch.frexp(amax)          # 0.5 <= mantissa < 1
+    scale = power_of_two(15 - exponent + (mantissa <= 0.875), amax)
+    return ((dy.float() * scale).to(torch.float8_e5m2).float() / scale).to(dy.dtype)
+
 
 def split_outliers(x, quantile):
     """OCC, outlier clamping and compensation: x (M, K) in two, clamped to two quantiles of each token, and
@@ -1006,15 +1044,22 @@ class FP4Linear(torch.nn.Linear):
         self.weight, self.bias, self.plain_forward = linear.weight, linear.bias, type(linear).forward
         self.cfg, self.index = cfg, index           # index: which linear layer, for the random stream
         # no buffers: DistributedDataParallel would overwrite them with the first rank's
-        self.keys = layer_keys(0, 0, 0, index).to(linear.weight.device)
+        self.keys = layer_keys(0, 0, 0, index)
+        if not linear.weight.is_meta:               # the keys of a model without memory wait for its device
+            self.keys = self.keys.to(linear.weight.device)
         self.signs = rotation_signs("none" if cfg.signs == "none" else "fixed", None, self.keys,
                                     cfg.hadamard_size)
         check_layer(self, cfg)
 
+    @property
+    def padding(self):
+        """With how many zero channels N is filled up to whole blocks."""
+        return -self.out_features % self.cfg.whole_channels
+
     def quantize_weight(self):
-        """The weight as Both, as the recipe wants fprop.w and dgrad.w; N filled up to whole blocks."""
-        experts, padding = self.weight.dim() == 3, -self.out_features % self.cfg.whole_channels
-        w = fill_up(self.weight.detach(), 0, padding).flatten(0, -2)
+        """The weight as Both, as the recipe wants fprop.w and dgrad.w."""
+        experts = self.weight.dim() == 3
+        w = fill_up(self.weight.detach(), 0, self.padding).flatten(0, -2)
         for_fprop, for_dgrad = (self.cfg.operand(name, self.keys, self.signs, torch.bfloat16, experts)
                                 for name in ("fprop.w", "dgrad.w"))
         both = quantize_both(w, for_fprop, None if self.cfg.reuse_codes else for_dgrad)
@@ -1094,26 +1139,31 @@ def switch_late(model, done):
     """
     news = False
     for m in fp4_layers(model):
-        left = tuple(gemm_name for gemm_name in m.cfg.gemms if gemm_name not in m.cfg.switched)
-        if m.cfg.until is not None and done >= m.cfg.until and left != m.cfg.gemms:
-            m.cfg, news = replace(m.cfg, gemms=left), True
+        left = m.cfg.without(m.cfg.switched)
+        if m.cfg.until is not None and done >= m.cfg.until and left != m.cfg:
+            m.cfg, news = left, True
     return news
 
 
 class high_precision:
-    """Context: the model's FP4 layers compute in high precision, for evaluation beside FP4."""
+    """Context: these GEMMs of the model's FP4 layers run in high precision; all of them for an evaluation
+    beside FP4. Weights that were quantized before serve again after it."""
 
-    def __init__(self, model):
-        self.layers = fp4_layers(model)
+    def __init__(self, model, gemms=GEMMS):
+        self.layers, self.gemms = fp4_layers(model), gemms
 
     def __enter__(self):
-        self.before = [m.fp4 for m in self.layers]
+        self.before = [(m.fp4, m.cfg, m.quantized, m.version) for m in self.layers]
         for m in self.layers:
-            m.fp4 = False
+            left = m.cfg.without(self.gemms)
+            if not left.gemms:
+                m.fp4 = False
+            elif left != m.cfg:
+                m.cfg, m.quantized, m.version = left, None, None
 
     def __exit__(self, *_):
-        for m, fp4 in zip(self.layers, self.before, strict=True):
-            m.fp4 = fp4
+        for m, before in zip(self.layers, self.before, strict=True):
+            m.fp4, m.cfg, m.quantized, m.version = before
 
 
 def convert(model, cfg, report=print):
@@ -2212,7 +2262,9 @@ def fixed_s_dec(format, amax, unbiased):
     form = FORMATS[format]
     if form.top is not None and amax is None:
         return None
-    return float(tensor_scales(tensor_amax(torch.ones(1, 1), amax), form.top, form.target(unbiased))[1])
+    with unset_fake_temporarily():                  # a number, also where tensors have no memory
+        amax = tensor_amax(torch.ones(1, 1), amax)
+        return float(tensor_scales(amax, form.top, form.target(unbiased))[1])
 
 
 @torch.compiler.assume_constant_result
@@ -2242,10 +2294,15 @@ def turned_over(rows, columns):
     return not rows["stochastic"] and {**rows, "seed": None} == {**columns, "seed": None}
 
 
+def only_shapes(x):
+    """Whether an operator has to stand for the work: under torch.compile, and for tensors without memory."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+
+
 @torch.no_grad()
 def accelerate_quantize_both(_, x, rows=None, columns=None):
     rows, columns = (how and choices(**how) for how in (rows, columns))
-    if torch.compiler.is_compiling():
+    if only_shapes(x):
         tensors = _quantize_op(x, *to_operator(rows, x.device), *to_operator(columns, x.device))
         n = 0 if rows is None else 3 if rows["decode"] is None else 2
         found = from_tensors(tensors[:n] or [x]), from_tensors(tensors[n:] or [x.t()])
@@ -2260,7 +2317,7 @@ def accelerate_quantize_both(_, x, rows=None, columns=None):
 @torch.no_grad()
 def accelerate_quantize(definition, x, *args, **kwargs):
     how = choices(*args, **kwargs)
-    if torch.compiler.is_compiling() or kernels_run(x.device, how["format"], how["signs"]):
+    if only_shapes(x) or kernels_run(x.device, how["format"], how["signs"]):
         return accelerate_quantize_both(None, x, how).rows
     return with_known_s_dec(definition(x, **how), how)
 
@@ -2294,11 +2351,11 @@ def to_matmul_operator(q):
 
 
 def accelerate_matmul(definition, a, b, dtype=torch.float32, ends=None):
-    compiling = torch.compiler.is_compiling()
-    if torch.is_tensor(a) and (ends is None or not compiling):
+    by_operator = only_shapes(tensors_of(a)[0])
+    if torch.is_tensor(a) and (ends is None or not by_operator):
         return definition(a, b, dtype, ends)
     with torch.no_grad():
-        if not compiling:
+        if not by_operator:
             return matmul_here(a, b, dtype, ends)
         return _matmul_op(*to_matmul_operator(a), *to_matmul_operator(b), dtype, ends)
 
@@ -2362,7 +2419,8 @@ def copy_into(old, new):
 def refresh(layer):
     """Quantize a layer's weight if it has changed since the last time; in a CUDA graph's capture always."""
     w = layer.weight
-    version = (w._version, w.data_ptr(), count_optimizer_steps()[0], layer.drawn, layer.cfg.gemms)
+    place = 0 if isinstance(w, FakeTensor) else w.data_ptr()
+    version = (w._version, place, count_optimizer_steps()[0], layer.drawn, layer.cfg.gemms)
     if layer.version and layer.version[0] is w and layer.version[1] == version and not capturing(w.device):
         return
     if layer.keys.device != w.device or layer.signs.device != w.device:
@@ -2376,7 +2434,7 @@ def refresh_weights(model, _=None):
     """Quantize what has changed. Compiled layers cannot look for themselves; a part of the model that is
     compiled and called by itself needs set_step after each update."""
     for m in fp4_layers(model):
-        if m.fp4:
+        if m.fp4 and not isinstance(m.weight, DTensor):     # of a shard, once it is gathered
             refresh(m)
             if m.drawn is None and m.training and m.cfg.stochastic and torch.is_grad_enabled():
                 warnings.warn("stochastic rounding repeats its random bits: call set_step before every "
@@ -2388,9 +2446,17 @@ def refresh_unless_hooked(layer):
         refresh_weights(layer)
 
 
-def hook_weights(model):
-    """Have weights looked at before a model's forward, outside of its compiled graph."""
+def forget_weights(model, *_):
+    for m in fp4_layers(model):
+        m.quantized = m.version = None
+
+
+def hook_weights(model, forget=False):
+    """Have weights looked at before the forward of a model, or of a block whose weights are gathered for it,
+    outside of its compiled graph. forget: and quantized ones let go after it, as the gathered are."""
     model.register_forward_pre_hook(refresh_weights)
+    if forget:
+        model.register_forward_hook(forget_weights)
     for m in fp4_layers(model):
         m.hooked = True
 

@@ -36,18 +36,19 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
+import memory
 import nvfp4
 from configs import config
 from configs.config import Count, Fraction, NotNegative, Some
 from data.files import (Lines, Stop, UserError, catch_signals, command, mute, naming, naming_memory,
                         read_json_lines, sweep, write_json, write_whole)
 from data.tokens import Data, batch_at, load_data, prepare_missing, train_starts, unigram_loss, val_starts
-from model import (ModelConfig, build, count_parameters, flops_per_token, load_checkpoint, load_model, misfit,
-                   outline, sample_text, training_bytes)
+from model import (ModelConfig, build, compile_blocks, count_parameters, flops_per_token, is_finite,
+                   load_checkpoint, load_model, misfit, newest_checkpoint, outline, sample_text)
 from nvfp4 import RECIPES, FP4Config
+from ranks import Ranks, put, read_parts, remove_others
 
 # ---------------------------------------------------------------- config
 
@@ -55,7 +56,7 @@ from nvfp4 import RECIPES, FP4Config
 @dataclass(frozen=True)
 class Config:
     out_dir: str | None = None                      # run folder; None: out/<name of the first config file>
-    dataset: str = "sotu"                           # folder below data/, or a path; train.bin and val.bin
+    dataset: str = "sotu"                           # folder below data/, or a path to one
     recipe: str | None = None                       # FP4 recipe, listed below; None: the architecture's own
     seed: Annotated[int, 0, 2**64 - 1] = 1337       # of initialization, data order and stochastic rounding
     # batch
@@ -77,18 +78,27 @@ class Config:
     # evaluation, logging, checkpoints
     eval_interval: Count = 100                      # steps between evaluations
     eval_iters: Count = 8                           # batches in an evaluation, always the same
+    gradient_noise: bool = False                    # and gradient over noise of each FP4 backward
     log_interval: Count = 10                        # steps between console lines
     checkpoint_interval: Count = 500                # steps between checkpoints; one is written at the end too
     sample_tokens: Some = 120                       # length of the sample at the end; 0: none
+    profile: Some = 0                               # steps to trace, after two others: trace-<rank>.json
+    mirror: Literal["none", "wandb", "tensorboard"] = "none"    # where metrics.jsonl is shown as well
     resume: bool = False                            # continue the run in out_dir
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; auto: bfloat16 where it is fast
     compile: bool = True                            # torch.compile all that can be; False: nothing at all
     deterministic: bool = False                     # GPU: the same bits in every run, at some cost in speed
+    parallel: Literal["ddp", "zero2", "fsdp"] = "ddp"  # what ranks keep: all, or parts of it; see ranks.py
+    activation_checkpointing: bool = False          # keep a block's input alone; compute the rest twice
 
     model: ModelConfig = ModelConfig()
     fp4: FP4Config = FP4Config()
+
+    @property
+    def tokens_per_step(self):
+        return self.gradient_accumulation_steps * self.batch_size * self.model.block_size
 
 
 OWNERS = (("", Config), ("", ModelConfig), ("fp4_", FP4Config))
@@ -169,7 +179,8 @@ def make_optimizer(model, c):
 def update(model, optimizer, grad_clip):
     """One step of the optimizer and back onto the sphere; nothing where the gradient is not finite. Returns
     the gradient's norm."""
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if math.isfinite(norm):
         optimizer.step()
         model.normalize_()
@@ -190,30 +201,39 @@ class Diverged(UserError):
         super().__init__(f"{what}: stopped; lower learning_rate, or look at the data")
 
 
+def about(step, c, origin, rows):
+    """What a checkpoint says of itself; rows: CRC-32 of those of metrics.jsonl that a resumed run keeps."""
+    return {"step": step, "config": flatten(c), "origin": origin, "rows": rows}
+
+
 def save_checkpoint(path, model, optimizer, step, c, origin, rows=None):
     """Whole or not at all, as data/files.py writes; what is not finite takes no good one's place.
 
-    rows    CRC-32 of those of metrics.jsonl that a resumed run keeps
     raises  Diverged, UserError
     """
-    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-             "config": flatten(c), "origin": origin, "rows": rows}
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **about(step, c, origin, rows)}
     for part in ("model", "optimizer"):
         wrong = misfit(saved[part], saved[part], part)
         if wrong:
             raise Diverged(f"step {step}: {wrong}")
     write_whole({path: lambda file: torch.save(saved, file)})
+    remove_others(path)
+
+
+# Fields that place a run or look at it, and those with which it may go on too, for they change no more than
+# the order of sums; of the dataset its origin tells whether it is the same.
+WATCHING = ("out_dir", "resume", "stop_at", "device", "eval_interval", "eval_iters", "gradient_noise",
+            "log_interval", "checkpoint_interval", "sample_tokens", "profile", "mirror")
+FREE = (*WATCHING, "dataset", "compile", "deterministic", "parallel", "activation_checkpointing")
 
 
 def check_resumable(c, saved, origin):
     """A run goes on with the same model, numerics and data; UserError names the first field that differs."""
-    free = ("out_dir", "resume", "stop_at", "device", "compile", "deterministic", "eval_interval",
-            "eval_iters", "log_interval", "checkpoint_interval", "sample_tokens")
     old = current_names(saved["config"])
     for note in config.unknown(old, OWNERS):
         raise UserError(f"--resume: the run in {c.out_dir} was {note}; finish it with that version")
     for name, value in flatten(c).items():
-        if name not in free and name in old and old[name] != value:
+        if name not in FREE and name in old and old[name] != value:
             raise UserError(f"--resume: {name}={value} but the run in {c.out_dir} has {name}={old[name]}; "
                             f"leave it as it was, or start another --out_dir")
     if saved["origin"] != origin:
@@ -229,13 +249,33 @@ def check_unfinished(c, saved):
         raise Finished(f"the run in {c.out_dir} is at step {saved['step']} already; raise --stop_at")
 
 
+def learned(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def tensors_of(model, optimizer, begun):
+    """Weights, buffers and, once training has begun, Adam's moments: {name: tensor, or a rank's part}."""
+    found = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    for i, p in enumerate(learned(optimizer) if begun else ()):
+        if not optimizer.state[p]:                  # as AdamW makes them in its first step
+            optimizer.state[p] |= {"step": torch.zeros((), device=p.device),
+                                   "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        found |= {f"optimizer/{i}/{key}": tensor for key, tensor in optimizer.state[p].items()}
+    return found
+
+
+def not_finite(tensors):
+    """The name of a tensor that is not, of what is here of it, or None."""
+    here = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    return next((name for name, t in here.items() if not is_finite(t)), None)
+
+
 def check_fits(saved, sizes, optimizer, path):
     """Every tensor of a checkpoint must be one of the model's weights or Adam's moments, and finite."""
     like = optimizer.state_dict()
     if saved["step"]:                               # then AdamW holds these for each parameter
-        learned = [p for group in optimizer.param_groups for p in group["params"]]
         like["state"] = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
-                         for i, p in enumerate(learned)}
+                         for i, p in enumerate(learned(optimizer))}
     wrong = (misfit(saved["model"], dict(sizes.state_dict()), "model")
              or misfit(saved["optimizer"], like, "optimizer", free=("lr",)))
     counts = set() if wrong else {int(state["step"]) for state in saved["optimizer"]["state"].values()}
@@ -245,79 +285,33 @@ def check_fits(saved, sizes, optimizer, path):
         raise UserError(f"{path}: {wrong}, so that no run can start from it; start another --out_dir")
 
 
+def restore(saved, path, model, optimizer, sizes, ranks):
+    """Weights and moments as they were left, in one file or in parts, or this rank's part of them."""
+    if path.is_file():
+        check_fits(saved, sizes, optimizer, path)
+    if path.is_file() and not ranks.sharded:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return
+    tensors = tensors_of(model, optimizer, saved["step"] > 0)
+    if path.is_file():
+        moments = saved["optimizer"]["state"].items()
+        put(tensors, {f"model/{name}": t for name, t in saved["model"].items()}
+            | {f"optimizer/{i}/{key}": t for i, state in moments for key, t in state.items()})
+    else:
+        read_parts(path, tensors, saved, ranks)
+        wrong = not_finite(tensors)
+        if ranks.any(wrong is not None):
+            raise UserError(f"{path}: {wrong or 'a tensor'} is not finite, so that no run can start from it; "
+                            "start another --out_dir")
+
+
 def load_run(folder, device="cpu"):
     """A trained model in high precision, with its tokenizer and Config: (model, tokenizer, c)."""
     model, tokenizer, flat = load_model(folder, device)
     for note in config.unknown(current_names(flat), OWNERS):
         print(f"{folder}: {note} and is left out", file=sys.stderr)
     return model, tokenizer, unflatten(flat)
-
-
-# ---------------------------------------------------------------- ranks
-
-class Ranks:
-    """One process, or several that torchrun started: which of them this is, and all that they say to each
-    other. Alone, each of these does nothing."""
-
-    def __init__(self):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local = int(os.environ.get("LOCAL_RANK", 0))
-        self.first = self.rank == 0                 # the one that writes and speaks
-
-    def join(self, device):
-        """Meet the others, from a device of one's own."""
-        self.device = device
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
-
-    def once(self, work, *args):
-        """Have the first rank do this while the others wait. Its errors end them too; it says why."""
-        error = None
-        if self.first:
-            try:
-                work(*args)
-            except (UserError, OSError) as caught:
-                error = caught
-        if self.any(error is not None):
-            raise error or SystemExit(1)
-
-    def share(self, sequence):
-        """This rank's part of what all of them do together."""
-        return sequence[self.rank::self.world]
-
-    def sum(self, x):
-        if self.world > 1:
-            dist.all_reduce(x)
-        return x
-
-    def mean(self, x):
-        return self.sum(x) / self.world
-
-    def any(self, flag):
-        """Whether a rank says so: a signal may reach them in different steps."""
-        if self.world == 1:
-            return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
-
-    def wrap(self, model):
-        """Make self.replica, the model whose backward averages gradients over the ranks."""
-        self.replica = model
-        if self.world > 1:
-            gpus = [self.device] if self.device.type == "cuda" else None
-            self.replica = DistributedDataParallel(model, device_ids=gpus, broadcast_buffers=False)
-
-    def averaging(self, now):
-        """The context of a backward. Where gradients accumulate, the last of a step's averages them all."""
-        return contextlib.nullcontext() if now or self.world == 1 else self.replica.no_sync()
-
-    def close(self):
-        self.replica = None                         # its reducer goes before the group it talks through
-        if self.world > 1:
-            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------- set up
@@ -367,13 +361,11 @@ def choose_device(c, local_rank=0):
 
 
 def compile_model(model, c):
-    """Fuse what lies between the GEMMs, block by block: equal blocks share one compilation."""
+    """Fuse what lies between the GEMMs; returns whether that is wanted and works."""
     if not c.compile or not nvfp4.can_compile(model.embed.weight.device.type):
         return False
     nvfp4.set_up_compiler()
-    for block in model.blocks:
-        block.compile(dynamic=False)
-    model.loss = torch.compile(model.loss, dynamic=False)
+    compile_blocks(model)
     return True
 
 
@@ -392,6 +384,7 @@ class Run:
     last_step: int                                  # the loop ends before it, after a last evaluation
     times: list = field(default_factory=list)       # seconds of each step done
     saved: int | None = None                        # step of the checkpoint in the folder
+    trace: object = None                            # of a few steps, by torch's profiler
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -401,11 +394,13 @@ class Run:
 
 def meet(c):
     """(Ranks, device, dtype of the activations): one process, or one of torchrun's, on its device."""
-    ranks = Ranks()
+    ranks = Ranks(c.parallel)
     device, dtype = choose_device(c, ranks.local)
     if c.gradient_accumulation_steps % ranks.world:
         raise UserError(f"gradient_accumulation_steps={c.gradient_accumulation_steps} must be a multiple of "
                         f"the {ranks.world} ranks, which share them")
+    if c.gradient_noise and ranks.sharded:
+        raise UserError(f"gradient_noise=True must see whole weights; take --parallel=ddp, not {c.parallel}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -414,21 +409,22 @@ def meet(c):
     return ranks, device, dtype
 
 
-def check_memory(c, model, device):
-    """UserError for what cannot fit into memory, whatever else takes part of it. model: its outline."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf"):
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return
-    state = training_bytes(model)
-    tokens = c.batch_size * c.model.block_size      # bf16 at least: logits, and the stream before each block
-    batch = 2 * tokens * (model.config.vocab_size + model.config.n_embd * len(model.blocks))
-    if state + batch > total:
-        raise UserError(f"n_embd={c.model.n_embd} and n_layer={c.model.n_layer} take {state / 2**30:,.1f} "
-                        f"GiB, batch_size={c.batch_size} of block_size={c.model.block_size} another "
-                        f"{batch / 2**30:,.1f} GiB at least, of {total / 2**30:,.1f} GiB here; lower them")
+def check_memory(c, sizes, device, dtype, ranks):
+    """UserError where a run would not fit into what is free of the device's memory; returns a note where it
+    might not. sizes: the model's outline."""
+    free = memory.free_bytes(device)
+    if free and device.type == "cpu":
+        free /= ranks.beside                        # who share this memory
+    least = memory.least_bytes(c, sizes, c.parallel, ranks.world)
+    if free is None or 10 * least < free:           # no need to look closely, which takes seconds
+        return None
+    closely = least < free and len(sizes.blocks) <= 200
+    need = memory.run_bytes(c, device, dtype, sizes, ranks.world) if closely else least
+    said = f"about {need / 2**30:,.1f} GiB are needed, {free / 2**30:,.1f} GiB are free here"
+    if need > free / memory.FITS:
+        raise UserError(f"{said}; what would fit: "
+                        f"{memory.what_fits(c, device, dtype, sizes, ranks.world, free)}")
+    return said if need > free * memory.FITS else None
 
 
 def set_up(c, after, stop):
@@ -438,7 +434,7 @@ def set_up(c, after, stop):
     """
     ranks, device, dtype = meet(c)
     after.callback(ranks.close)
-    path = Path(c.out_dir, "ckpt.pt")
+    path = newest_checkpoint(c.out_dir)
     refuse_to_overwrite(c, path)
     saved = load_checkpoint(path) if c.resume else None
 
@@ -446,27 +442,28 @@ def set_up(c, after, stop):
     ranks.once(prepare_missing, c.dataset)
     data = load_data(c.dataset, c.model.block_size, c.model.vocab_size)
     c = replace(c, model=replace(c.model, vocab_size=data.vocab_size))
+    if c.model.document_start == -1:
+        c = replace(c, model=replace(c.model, document_start=data.document_start))
     notes = []
     if c.warmup_steps > c.max_steps:
         notes.append(f"warmup_steps={c.warmup_steps} shortened to max_steps={c.max_steps}")
         c = replace(c, warmup_steps=c.max_steps)
+    if c.gradient_noise and not {"dgrad", "wgrad"} & {*c.fp4.gemms, *c.fp4.e5m2}:
+        notes.append(f"gradient_noise: recipe {c.recipe} has no backward in FP4, and so there is none")
 
     # --- model and optimizer, as they begin or as they were left
-    torch.manual_seed(c.seed)
     converted = []
     try:
         sizes = outline(c.model)
-        check_memory(c, sizes, device)
-        model = nvfp4.convert(build(c.model).to(device), c.fp4, report=converted.append)
+        notes += filter(None, [check_memory(c, sizes, device, dtype, ranks)])
+        model = make_model(c, ranks, device, converted.append, begins=not saved)
     except ValueError as error:                     # sizes that do not fit each other, or the format's blocks
         raise UserError(str(error)) from None
     optimizer = make_optimizer(model, c)
     if saved:
         check_resumable(c, saved, data.origin)
-        check_fits(saved, sizes, optimizer, path)
+        restore(saved, path, model, optimizer, sizes, ranks)
         check_unfinished(c, saved)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
 
     # --- a folder, and a word about what is to come
     first_step = saved["step"] if saved else 0
@@ -474,7 +471,7 @@ def set_up(c, after, stop):
     after.callback(log.close)
     ranks.once(log.open, c, first_step, saved and saved.get("rows"))
     run = Run(c, ranks, device, dtype, data, model, optimizer, log, first_step, c.stop_at or c.max_steps,
-              saved=saved and saved["step"])
+              saved=saved and saved["step"], trace=trace_of(c, ranks.rank))
     introduce(run, converted[0])
     for note in notes:
         log(note)
@@ -482,6 +479,22 @@ def set_up(c, after, stop):
         log("compiling: the first step takes a minute or so; the next run finds the kernels cached")
     ranks.wrap(model)
     return run
+
+
+def make_model(c, ranks, device, report, begins):
+    """The converted model on its device or, where ranks share it, this rank's part; with the weights of the
+    seed if the run begins."""
+    torch.manual_seed(c.seed)
+    if ranks.sharded:
+        model = ranks.split(nvfp4.convert(outline(c.model), c.fp4, report))
+        for block in model.blocks:
+            nvfp4.hook_weights(block, forget=c.parallel == "fsdp")
+        if begins:
+            ranks.fill(model, build(c.model) if ranks.first else model)
+    else:
+        model = nvfp4.convert(build(c.model).to(device), c.fp4, report)
+    model.activation_checkpointing = c.activation_checkpointing
+    return model
 
 
 def refuse_to_overwrite(c, path):
@@ -492,13 +505,19 @@ def refuse_to_overwrite(c, path):
 
 # ---------------------------------------------------------------- loop
 
+def starts_at(run, step):
+    """Where the sequences of a step's micro-batches start in the training data, over all ranks."""
+    c = run.c
+    shape = c.gradient_accumulation_steps, c.batch_size
+    return train_starts(len(run.data.train), c.model.block_size, shape, c.seed, step)
+
+
 def training_step(run, step):
     """One optimizer step: (loss, norm of the gradient, {name: number} of what the model says of itself)."""
     c, ranks, lr = run.c, run.ranks, learning_rate(run.c, step)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    shape = c.gradient_accumulation_steps, c.batch_size
-    starts = train_starts(len(run.data.train), c.model.block_size, shape, c.seed, step)
+    starts = starts_at(run, step)
     mine = ranks.share(range(len(starts)))          # micro-batches, counted over all ranks
     total = torch.zeros((), device=run.device)
     for micro_batch in mine:
@@ -519,15 +538,61 @@ def training_step(run, step):
 def validation_loss(run):
     """Mean loss over the fixed validation batches, which the ranks share."""
     c, total = run.c, torch.zeros(2, dtype=torch.float64, device=run.device)
-    shape = c.eval_iters, c.batch_size
+    n, world = c.eval_iters, run.ranks.world
+    starts = val_starts(len(run.data.val), c.model.block_size, (n, c.batch_size))
     run.model.eval()
-    for starts in run.ranks.share(val_starts(len(run.data.val), c.model.block_size, shape)):
+    for batch in run.ranks.share(range(-(-n // world) * world)):    # as many for each: they may share weights
         with run.autocast():
-            loss = run.model(*batch_at(run.data.val, starts, c.model.block_size, run.device))
-        total += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+            here = starts[min(batch, n - 1)]
+            loss = run.model(*batch_at(run.data.val, here, c.model.block_size, run.device))
+        if batch < n:
+            total += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
     run.model.train()
     run.ranks.sum(total)
     return float(total[0] / total[1])
+
+
+NOISE = "gradient_to_noise/"                        # in metrics.jsonl it stands before a layer's name
+
+
+def weight_gradients(model, loss, high=()):
+    """{name: dw} of every FP4 layer for loss(), a loss of the model, with these GEMMs in high precision.
+    Gradients, what mixers count and other ranks learn nothing of it: no leaf of the graph is reached, so that
+    no hook of one fires."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nvfp4.FP4Linear)}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with nvfp4.high_precision(model, high):
+        dw = torch.autograd.grad(loss(), [m.weight for m in layers.values()])
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    return dict(zip(layers, dw, strict=True))
+
+
+def gradient_to_noise(model, loss):
+    """std(dw) / std(noise of dw) of every FP4 layer for loss(), {name: number}: dw of a backward in high
+    precision, and what the FP4 backward adds to it; the forward is the same. Layers to which it adds nothing
+    are left out.
+
+    source  2505.19115: training stalls below sqrt(3)
+    """
+    if not nvfp4.fp4_layers(model):
+        return {}
+    exact, found = weight_gradients(model, loss, ("dgrad", "wgrad")), {}
+    for name, dw in weight_gradients(model, loss).items():
+        noise = (dw.double() - exact[name].double()).std()
+        if noise != 0:
+            found[name] = float(exact[name].double().std() / noise)
+    return found
+
+
+def gradient_noise(run, step):
+    """gradient_to_noise() of the first micro-batch of a step; every rank finds the same."""
+    batch = batch_at(run.data.train, starts_at(run, step)[0], run.c.model.block_size, run.device)
+
+    def loss():
+        with run.autocast():                        # but not the backward
+            return run.model(*batch)
+    return gradient_to_noise(run.model, loss)
 
 
 def evaluate(run, step):
@@ -539,8 +604,11 @@ def evaluate(run, step):
     row = {"step": step, "val_loss": loss, "val_bpb": loss * bits_per_byte}
     if nvfp4.fp4_layers(run.model):
         row["val_loss_fp4"] = validation_loss(run)
-    if not all(map(math.isfinite, row.values())):
-        raise Diverged(f"step {step}: validation loss {loss}, in FP4 {row.get('val_loss_fp4')}")
+    if run.c.gradient_noise:
+        row |= {NOISE + name: ratio for name, ratio in gradient_noise(run, step).items()}
+    for name, value in row.items():
+        if not math.isfinite(value):
+            raise Diverged(f"step {step}: {name} {value}")
     return row
 
 
@@ -558,17 +626,20 @@ def loop(run, stop):
             report_evaluation(run, row)
         news = stopped or step > run.first_step     # a run that is stopped at once is saved all the same
         if news and (last or step % c.checkpoint_interval == 0):
-            run.ranks.once(save, run, step)
+            save(run, step)
+        saved = run.ranks.finish_saving(wait=last)
+        run.saved = run.saved if saved is None else saved
         if last:
             break
         start = time.perf_counter()
         loss, norm, more = training_step(run, step)
         run.times.append(time.perf_counter() - start)
         report_step(run, step, loss, norm, more)
+        run.trace.step()
     if stopped:
         stop.at = step
         run.log(f"{stop.why or 'signal'}: stopped at step {step}; continue with --resume")
-    elif c.sample_tokens and run.ranks.first:
+    elif c.sample_tokens and (run.ranks.first or run.ranks.sharded):
         report_sample(run, step)
     run.log(f"saved in {c.out_dir}")
     run.ranks.barrier()                             # the first rank writes while the others are done
@@ -576,10 +647,20 @@ def loop(run, stop):
 
 
 def save(run, step):
-    run.log.files[1].sync()                         # no checkpoint without the rows before it
-    save_checkpoint(Path(run.c.out_dir, "ckpt.pt"), run.model, run.optimizer, step, run.c, run.data.origin,
-                    run.log.crc_before)
-    run.saved = step
+    """A checkpoint: one file or, where ranks share the model, a folder of parts, written while training goes
+    on."""
+    c, ranks = run.c, run.ranks
+    ranks.once(run.log.sync)                        # no checkpoint without the rows before it
+    if ranks.sharded:
+        tensors = tensors_of(run.model, run.optimizer, step > 0)
+        wrong = not_finite(tensors)
+        if ranks.any(wrong is not None):
+            raise Diverged(f"step {step}: {wrong or 'a tensor'} is not finite")
+        ranks.start_saving(c.out_dir, tensors, about(step, c, run.data.origin, run.log.crc_before))
+    else:
+        ranks.once(save_checkpoint, Path(c.out_dir, "ckpt.pt"), run.model, run.optimizer, step, c,
+                   run.data.origin, run.log.crc_before)
+        run.saved = step
 
 
 @contextlib.contextmanager
@@ -608,11 +689,40 @@ def train(c, stop=None):
             after.callback(be_deterministic())
         run = set_up(c, after, stop)
         stop.times = run.times
-        with last_words(run):
+        with run.ranks.together(), last_words(run), run.trace:
             return loop(run, stop)
 
 
 # ---------------------------------------------------------------- report
+
+class NoTrace(contextlib.nullcontext):
+    def step(self):
+        """Another step is done."""
+
+
+def trace_of(c, rank):
+    """A context that records c.profile steps, once the compiler has done its work, for chrome://tracing."""
+    if not c.profile:
+        return NoTrace()
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=0, warmup=2, active=c.profile, repeat=1),
+        on_trace_ready=lambda trace: trace.export_chrome_trace(f"{c.out_dir}/trace-{rank}.json"))
+
+
+def mirror_of(c):
+    """(what shows a row of metrics.jsonl elsewhere too, what ends that). raises UserError"""
+    try:
+        if c.mirror == "wandb":
+            import wandb
+            shown = wandb.init(project="four-bits", dir=c.out_dir, config=flatten(c), resume="allow",
+                               name=Path(c.out_dir).name)
+            return lambda row: shown.log(row, step=row["step"]), shown.finish
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(c.out_dir)
+        return lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()], writer.close
+    except ModuleNotFoundError as error:
+        raise UserError(f"mirror={c.mirror}: {error} (pip install {c.mirror}); or leave it out") from None
+
 
 def read_metrics(folder):
     """The rows of a run's metrics.jsonl, as dicts. raises UserError that names the line which is none, or out
@@ -635,6 +745,7 @@ class Log:
 
     def __init__(self, folder, first, stop):
         self.folder, self.first, self.stop, self.files = folder, first, stop, []
+        self.mirror = self.end_mirror = lambda *row: None
         self.crc = self.crc_before = 0              # CRC-32 of all rows, and of those before this step
 
     def open(self, c, first_step, crc=None):
@@ -643,7 +754,7 @@ class Log:
         with naming(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.files = [Lines(self.folder / "log.txt", alone=True)]
-        refuse_to_overwrite(c, self.folder / "ckpt.pt")         # by a run that has ended meanwhile
+        refuse_to_overwrite(c, newest_checkpoint(self.folder))  # by a run that has ended meanwhile
         sweep(self.folder)
         path = self.folder / "metrics.jsonl"
         rows = read_metrics(self.folder) if path.exists() else []
@@ -655,6 +766,8 @@ class Log:
         write_whole({path: lambda file: file.write(kept)})
         write_json(self.folder / "config.json", flatten(c))
         self.files.append(Lines(path))
+        if c.mirror != "none":
+            self.mirror, self.end_mirror = mirror_of(c)
 
     def __call__(self, text):
         if self.first:
@@ -665,15 +778,20 @@ class Log:
                 mute(sys.stdout)
                 self.stop.why = self.stop.why or "the console is closed"
 
+    def sync(self):
+        self.files[1].sync()
+
     def metrics(self, row):
         if self.first:
             line = json.dumps(row, allow_nan=False)
             self.files[1].add(line)
+            self.mirror(row)
             self.crc = zlib.crc32(f"{line}\n".encode(), self.crc)
             if "loss" in row:                       # the last of its step; an evaluation is made anew
                 self.crc_before = self.crc
 
     def close(self):
+        self.end_mirror()
         for file in self.files:
             file.close()
 
@@ -694,6 +812,10 @@ def report_evaluation(run, row):
     line += f" | {row['val_bpb']:.3f} bits/byte"
     if "val_loss_fp4" in row:
         line += f" | in FP4 {row['val_loss_fp4']:.4f}"
+    ratios = {name.removeprefix(NOISE): ratio for name, ratio in row.items() if name.startswith(NOISE)}
+    if ratios:
+        noisiest = min(ratios, key=ratios.get)
+        line += f" | gradient over noise {ratios[noisiest]:.2f} in {noisiest}"
     run.log(line)
     run.log.metrics(row)
 
@@ -701,11 +823,10 @@ def report_evaluation(run, row):
 def report_step(run, step, loss, norm, more):
     """Every step to metrics.jsonl; every log_interval-th to the console, with the speed and what is left."""
     c, times, lr = run.c, run.times, run.optimizer.param_groups[0]["lr"]
-    tokens_per_step = c.gradient_accumulation_steps * c.batch_size * c.model.block_size
     run.log.metrics({"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
-                     "tokens": (step + 1) * tokens_per_step, "ms": 1e3 * times[-1], **more})
+                     "tokens": (step + 1) * c.tokens_per_step, "ms": 1e3 * times[-1], **more})
     if step % c.log_interval == 0 or step + 1 == run.last_step:
-        rate, peak = tokens_per_step / usual(times), peak_flops(run.device)
+        rate, peak = c.tokens_per_step / usual(times), peak_flops(run.device)
         mfu = 100 * rate * flops_per_token(run.model) / peak / run.ranks.world if peak else None
         line = [f"step {step}/{c.max_steps}", f"loss {loss:.4f}", f"lr {lr:.1e}", f"norm {norm:.2f}",
                 f"{1e3 * times[-1]:.0f} ms", f"{rate / 1e3:.1f}k tok/s"]

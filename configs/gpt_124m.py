@@ -3,12 +3,12 @@
 # 480 sequences * 1024 tokens = 491,520 tokens a step; 20,000 steps = 9.8e9 tokens.
 arch = "gpt"
 recipe = "nvfp4"
-dataset = "corpus"
+dataset = "fineweb_edu"
 n_layer = 12
 n_embd = 768
 n_head = 12
 block_size = 1024
-vocab_size = 50304  # GPT-2's 50257, rounded up to a multiple of 128
+vocab_size = 50304  # GPT-2's 50257, rounded up to a multiple of 128; the data's tokenizer has as many
 
 batch_size = 12
 gradient_accumulation_steps = 40

@@ -5,7 +5,7 @@
 arch = "gpt"
 recipe = "nvfp4"
 fp4_tail = 0.0
-dataset = "corpus"
+dataset = "fineweb_edu"
 n_layer = 20
 n_embd = 2048
 n_head = 16

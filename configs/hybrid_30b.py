@@ -6,7 +6,7 @@
 # --fp4_skip=head,*router*,*qkv,*mixer.out,*out_proj (the first two are there by default)
 arch = "gpt"
 recipe = "nvfp4"
-dataset = "corpus"
+dataset = "fineweb_edu"
 pattern = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 n_embd = 2688
 n_head = 32

@@ -6,7 +6,7 @@
 arch = "gpt"
 recipe = "nvfp4"
 fp4_tail = 0.0
-dataset = "corpus"
+dataset = "fineweb_edu"
 pattern = "MEMEM*EMEMEM"
 n_embd = 1024
 n_head = 8

@@ -1,10 +1,11 @@
 # torchrun --nproc_per_node=8 train.py configs/ngpt_1b.py
 # The 1.2B dense nGPT of 2605.06067: 20 layers, GQA 16/4, squared ReLU, RoPE base 1e6, all layers in FP4.
 # 768 sequences * 8192 tokens = 6.29e6 tokens a step; 158,946 steps = 1e12 tokens.
-# The paper's vocabulary of 131,072 is kept; prepare a corpus with any tokenizer of at most that many tokens.
+# The paper's vocabulary of 131,072 is kept, and takes any tokenizer of at most that many tokens. For one of
+# as many: python data/fineweb_edu/prepare.py --sample=350BT --vocab_size=131072
 arch = "ngpt"
 recipe = "ngpt"
-dataset = "corpus"
+dataset = "fineweb_edu"
 n_layer = 20
 n_embd = 2048
 n_head = 16

@@ -7,7 +7,7 @@
 arch = "ngpt"
 recipe = "ngpt"
 fp4_tail = 0.15
-dataset = "corpus"
+dataset = "fineweb_edu"
 pattern = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 n_embd = 2688
 n_head = 32

@@ -5,7 +5,7 @@
 # 64 sequences * 8192 tokens = 524,288 tokens a step; 68,665 steps = 36e9 tokens.
 arch = "ngpt"
 recipe = "ngpt"
-dataset = "corpus"
+dataset = "fineweb_edu"
 pattern = "MEMEM*EMEMEM"
 n_embd = 1024
 n_head = 8

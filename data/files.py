@@ -10,7 +10,9 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -228,6 +230,32 @@ def catch_signals(stop):
         os.close(writer)
         watcher.join()
         os.close(reader)
+
+
+# ---------------------------------------------------------------- processes
+
+def run_all(commands, at_once, stop, **environment):
+    """Run commands, {key: argv}, so many at once; yields (key, exit status, last line of stderr) as they end.
+    Where a Stop says so no other one begins, and those under way get a SIGTERM and are waited for.
+    """
+    queue, running = list(commands), {}
+    while running or queue and not stop.why:
+        while queue and not stop.why and len(running) < at_once:
+            key, said = queue.pop(0), tempfile.TemporaryFile()
+            running[key] = said, subprocess.Popen(commands[key], stdout=subprocess.DEVNULL, stderr=said,
+                                                  env=os.environ | environment)
+        if stop.why:
+            for _, process in running.values():
+                process.terminate()                 # once: what a terminal sends is another signal
+            for _, process in running.values():
+                process.wait()
+        for key, (said, process) in list(running.items()):
+            if process.poll() is not None:
+                said.seek(0)
+                lines = said.read().decode(errors="replace").splitlines()
+                del running[key]
+                yield key, process.returncode, lines[-1] if lines else ""
+        time.sleep(0.1)
 
 
 # ---------------------------------------------------------------- commands

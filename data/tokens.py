@@ -1,6 +1,7 @@
 """Token files and tokenizers: everything between text and the ids a model is trained on.
 
-A prepared dataset is a folder with train.bin, val.bin and tokenizer.json.
+A prepared dataset is a folder with train.bin, val.bin and tokenizer.json. In place of train.bin, or beside
+it, there may be shards: train_00000.bin, train_00001.bin and so on (data/shards.py makes them).
 
 A .bin file is a header of 1024 bytes (256 int32), then the ids, little-endian:
 
@@ -12,8 +13,8 @@ tokenizer.json holds the tokenizer's name and, for our own BPE, the split patter
 bytes of each token in base64, in the order of the ids. That name ends in a digest of pattern and tokens, and
 every .bin file repeats it: ids cannot be read beside the tokenizer of another run.
 
-A run takes windows of block_size + 1 tokens out of these files. Where they begin is a function of the seed
-and the step, of nothing else: there is no state that a checkpoint would have to keep.
+A run takes windows of block_size + 1 tokens out of these files, each out of one. Where they begin is a
+function of the seed and the step, of nothing else: there is no state that a checkpoint would have to keep.
 
 Each document begins with <|endoftext|>, which separates documents and opens a sample. Plain bytes ("bytes",
 for tests) have no such token; there the documents follow each other directly.
@@ -42,7 +43,8 @@ from data.files import UserError, naming, parse_object, write_whole
 MAGIC = b"NVFP4BIN"
 VERSION = 1
 HEADER_BYTES = 1024
-SCAN_TOKENS = 100_000_000  # so many ids are checked against the vocabulary on reading: usually all
+SCAN_TOKENS = 30_000_000   # so many ids are checked against the vocabulary, and counted: of small text all
+PIECE = 2**16              # of more they are runs of this length, spread evenly
 MIN_SPLIT_BYTES = 1000     # less text than this in a split is a mistake, not a dataset
 MAX_WORD_BYTES = 64        # the BPE trainer cuts longer words (rules, base64): its time is quadratic in them
 ENDOFTEXT = "<|endoftext|>"
@@ -102,9 +104,21 @@ def token_file(path, ids, vocab_size, tokenizer, source, n_bytes):
     return header, write
 
 
-def read_tokens(path):
-    """returns: ids (n_tokens,) as a read-only memmap, and their Header. raises: DataError."""
+def read_tokens(path, scan=SCAN_TOKENS):
+    """returns: ids (n_tokens,) as a read-only memmap, and their Header. raises: DataError, also where one of
+    the ids that are looked at, so many, is not in the vocabulary"""
     path = Path(path)
+    ids, header = _map_tokens(path, scan)
+    if (path.parent / "tokenizer.json").exists():
+        name = read_tokenizer_file(path.parent)["name"]
+        if name != header.tokenizer:
+            raise DataError(f"{path}: its ids are of {header.tokenizer}, but the tokenizer.json beside it is "
+                            f"{name}; run: {_prepare_command(path.parent)}")
+    return ids, header
+
+
+def _map_tokens(path, scan):
+    """read_tokens() without a look at the tokenizer"""
 
     def error(what):
         return DataError(f"{path}: {what}; run: {_prepare_command(path.parent)}")
@@ -135,13 +149,9 @@ def read_tokens(path):
     if size != expected or header.n_tokens < 1:
         raise error(f"{size} bytes long, but {header.n_tokens} tokens of {header.dtype} take {expected}")
     ids = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES)
-    largest = ids[:SCAN_TOKENS].max()
+    largest = max(piece.max() for piece in pieces(ids, scan))
     if largest >= header.vocab_size:
         raise error(f"holds id {largest}, not below vocab_size={header.vocab_size}")
-    if (path.parent / "tokenizer.json").exists():
-        name = _read_tokenizer_file(path.parent)["name"]
-        if name != header.tokenizer:
-            raise error(f"its ids are of {header.tokenizer}, but the tokenizer.json beside it is {name}")
     return ids, header
 
 
@@ -262,7 +272,7 @@ def load_tokenizer(folder_or_name, origin=None):
                                  mergeable_ranks={bytes([byte]): byte for byte in range(256)})
     if folder_or_name == "gpt2":
         return _load_gpt2()
-    saved = _read_tokenizer_file(folder_or_name)
+    saved = read_tokenizer_file(folder_or_name)
     if origin and saved["name"] != origin.partition(",")[0]:
         raise DataError(f"{Path(folder_or_name, 'tokenizer.json')}: {saved['name']} is not the tokenizer of "
                         f"the run, {origin}; prepare that data again")
@@ -279,7 +289,7 @@ def load_tokenizer(folder_or_name, origin=None):
     return bpe_encoding(ranks, saved["pattern"])
 
 
-def _read_tokenizer_file(folder):
+def read_tokenizer_file(folder):
     path = Path(folder, "tokenizer.json")
     try:
         saved = parse_object(path.read_bytes(), path)
@@ -305,8 +315,36 @@ def _load_gpt2():
 
 # ---------------------------------------------------------------- a dataset, and windows of it
 
+class Shards:
+    """Token files as one array to take windows of block_size + 1 tokens from. Only places where a window can
+    begin are counted, and block_size at the end: no start that train_starts() draws reaches across files."""
+
+    def __init__(self, files, block_size):
+        self.files, self.n_tokens = files, sum(map(len, files))
+        self.ends = np.cumsum([max(len(ids) - block_size, 0) for ids in files])
+        self.length = int(self.ends[-1]) + block_size
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, window):
+        number = int(np.searchsorted(self.ends, window.start, side="right"))
+        before = int(self.ends[number - 1]) if number else 0
+        return self.files[number][window.start - before:window.stop - before]
+
+
+def pieces(ids, at_most=SCAN_TOKENS):
+    """Parts of an array or of Shards, in order: all of it, or, of more than at_most tokens, a sample of half
+    as many at least, spread evenly"""
+    files = ids.files if isinstance(ids, Shards) else [ids]
+    every = -(-sum(map(len, files)) // at_most)
+    for file in files:
+        for start in range(0, len(file), every * PIECE):
+            yield file[start:start + PIECE]
+
+
 class Data(NamedTuple):
-    train: np.ndarray                               # ids (n_tokens,)
+    train: np.ndarray | Shards                      # ids (n_tokens,)
     val: np.ndarray
     header: Header                                  # of val
     tokenizer: tiktoken.Encoding
@@ -314,8 +352,19 @@ class Data(NamedTuple):
 
     @property
     def origin(self):
-        """What a run was trained on, to be recognized when it goes on."""
-        return f"{self.header.tokenizer}, {self.header.source}"
+        """What a run was trained on, to be recognized when it goes on, wherever it lies by then."""
+        origin = f"{self.header.tokenizer}, {self.header.source}"
+        if isinstance(self.train, Shards):
+            origin += f", {len(self.train.files)} files of {self.train.n_tokens} tokens"
+        return origin
+
+    @property
+    def document_start(self):
+        """The token that begins each document. raises DataError where the tokenizer has none"""
+        if ENDOFTEXT not in self.tokenizer.special_tokens_set:
+            raise DataError(f"document_start=-1 must find {ENDOFTEXT}, which the tokenizer "
+                            f"{self.header.tokenizer} has not; give a token, or leave it out")
+        return self.tokenizer.eot_token
 
 
 def data_folder(dataset):
@@ -324,10 +373,11 @@ def data_folder(dataset):
 
 
 def prepare_missing(dataset):
-    """Run the prepare.py of a dataset that was never prepared, where it has one that takes no arguments."""
+    """Run the prepare.py of a dataset that was never prepared, to its last file, where it has one that takes
+    no arguments."""
     folder = data_folder(dataset)
     script = folder / "prepare.py"
-    if not (folder / "train.bin").exists() and dataset != "text" and script.exists():
+    if not (folder / "val.bin").exists() and dataset != "text" and script.exists():
         print(f"preparing {dataset}: python {script}", flush=True)
         if subprocess.run([sys.executable, str(script)]).returncode:
             raise DataError(f"dataset={dataset}: {script} failed; see above")
@@ -339,8 +389,8 @@ def load_data(dataset, block_size, vocab_size=None):
     raises: DataError
     """
     folder, need = data_folder(dataset), block_size + 1
-    (train, head), (val, val_head) = read_tokens(folder / "train.bin"), read_tokens(folder / "val.bin")
-    for name, ids in (("train.bin", train), ("val.bin", val)):
+    (train, head), (val, val_head) = read_train(folder, block_size), read_tokens(folder / "val.bin")
+    for name, ids in (("train_*.bin" if isinstance(train, Shards) else "train.bin", train), ("val.bin", val)):
         if len(ids) < need:
             raise DataError(f"{folder / name}: {len(ids)} tokens must be {need} at least; lower block_size "
                             "or give more text")
@@ -349,6 +399,38 @@ def load_data(dataset, block_size, vocab_size=None):
         raise DataError(f"vocab_size={vocab_size} must be {head.vocab_size} at least, the vocabulary of "
                         f"{dataset}")
     return Data(train, val, val_head, load_tokenizer(folder), vocab_size)
+
+
+def read_train(folder, block_size):
+    """returns: the training ids, of several files as Shards, and a Header of theirs. raises: DataError"""
+    first, *others = train_files(folder)
+    scan = SCAN_TOKENS // (1 + len(others))
+    ids, head = read_tokens(first, scan)
+    files = [ids]
+    for path in others:
+        ids, header = _map_tokens(path, scan)
+        for name in ("tokenizer", "dtype", "vocab_size", "source"):
+            mine, theirs = getattr(header, name), getattr(head, name)
+            if mine != theirs:
+                raise DataError(f"{path}: its {name} is {mine}, but {theirs} in {first.name}; remove what is "
+                                "not of this dataset")
+        files.append(ids)
+    return (Shards(files, block_size) if others else files[0]), head
+
+
+def train_files(folder):
+    """Paths: train.bin, then the shards. raises: DataError where one is missing"""
+    shards = sorted(folder.glob("train_" + 5 * "[0-9]" + ".bin"))
+    for number, path in enumerate(shards):
+        if path != shard_path(folder, number):
+            raise DataError(f"{shard_path(folder, number)}: no such file, but {path.name} is there; run: "
+                            f"{_prepare_command(folder)}")
+    single = folder / "train.bin"
+    return ([single] if single.exists() or not shards else []) + shards
+
+
+def shard_path(folder, number):
+    return Path(folder, f"train_{number:05}.bin")
 
 
 def train_starts(n_tokens, block_size, shape, seed, step):
@@ -375,9 +457,12 @@ def batch_at(ids, starts, block_size, device):
 
 
 def unigram_loss(train, val):
-    """Cross-entropy in nats of val under the token frequencies of train, one count added to each token."""
-    size = int(max(train.max(), val.max())) + 1
-    counts = np.bincount(train, minlength=size) + 1
+    """Cross-entropy in nats of val under the token frequencies of train, one count added to each token. Of
+    either a sample is enough where it has more than SCAN_TOKENS."""
+    val = np.concatenate([*pieces(val)])
+    counts = np.ones(1 + max(int(piece.max()) for piece in (*pieces(train), val)), np.int64)
+    for piece in pieces(train):
+        counts += np.bincount(piece, minlength=len(counts))
     return float(-np.log(counts / counts.sum())[val].mean())
 
 
@@ -396,23 +481,13 @@ def prepare(train_docs, val_docs, out_dir, source, tokenizer="bpe", vocab_size=4
         if size < MIN_SPLIT_BYTES:
             raise DataError(f"{out_dir}: too little text, {size} bytes for {split}.bin which needs at least "
                             f"{MIN_SPLIT_BYTES}; give more text or another split")
-    ranks = None
-    if tokenizer == "bpe":
-        ranks = train_bpe(train_docs, vocab_size)
-        encoding = bpe_encoding(ranks)
-        fewer = f" (not {vocab_size}: nothing else repeats)" if encoding.n_vocab < vocab_size else ""
-        print(f"bpe: {encoding.n_vocab} tokens{fewer} from {n_bytes['train']:,} bytes of training text")
-    elif tokenizer in ("gpt2", "bytes"):
-        encoding = load_tokenizer(tokenizer)
-    else:
-        raise DataError(f"--tokenizer={tokenizer} is unknown; choose bpe, gpt2 or bytes")
-    name = encoding.name if tokenizer == "bpe" else tokenizer
-    ids = {split: _encode(docs, encoding) for split, docs in splits.items()}
+    name, encoding, write_tokenizer = make_tokenizer(tokenizer, train_docs, vocab_size)
+    ids = {split: encode(docs, encoding) for split, docs in splits.items()}
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     paths = {split: Path(out_dir, f"{split}.bin") for split in splits}
     files = {split: token_file(paths[split], ids[split], encoding.n_vocab, name, source, n_bytes[split])
              for split in splits}
-    write_whole({Path(out_dir, "tokenizer.json"): tokenizer_file(name, ranks),
+    write_whole({Path(out_dir, "tokenizer.json"): write_tokenizer,
                  **{paths[split]: write for split, (_, write) in files.items()}})
     for split, docs in splits.items():
         path, (header, _) = paths[split], files[split]
@@ -421,11 +496,26 @@ def prepare(train_docs, val_docs, out_dir, source, tokenizer="bpe", vocab_size=4
     print(f"source: {source} | {time.time() - started:.1f} s")
 
 
-def _encode(docs, encoding):
-    """returns: ids (n,) uint32, each document begun by <|endoftext|> where the tokenizer has it"""
+def make_tokenizer(kind, docs, vocab_size):
+    """kind: "bpe", which is trained on docs, an iterable of texts; "gpt2" or "bytes".
+
+    returns: its name, its Encoding and what writes its tokenizer.json. raises: DataError
+    """
+    if kind == "bpe":
+        ranks = train_bpe(docs, vocab_size)
+        encoding = bpe_encoding(ranks)
+        fewer = f" (not {vocab_size}: nothing else repeats)" if encoding.n_vocab < vocab_size else ""
+        print(f"bpe: {encoding.n_vocab} tokens{fewer} from training text")
+        return encoding.name, encoding, tokenizer_file(encoding.name, ranks)
+    if kind not in ("gpt2", "bytes"):
+        raise DataError(f"--tokenizer={kind} is unknown; choose bpe, gpt2 or bytes")
+    return kind, load_tokenizer(kind), tokenizer_file(kind)
+
+
+def encode(docs, encoding):
+    """docs: an iterable of texts. returns: ids (n,), each document begun by <|endoftext|> where the tokenizer
+    has it"""
     begin = [encoding.eot_token] if ENDOFTEXT in encoding.special_tokens_set else []
-    parts = []
-    for start in range(0, len(docs), 64):  # in batches, because a list of Python ints takes 36 bytes a token
-        for ids in encoding.encode_ordinary_batch(docs[start:start + 64]):
-            parts.append(np.array(begin + ids, np.uint32))
-    return np.concatenate(parts)
+    dtype = np.min_scalar_type(encoding.n_vocab - 1)            # a list of Python ints takes 36 bytes a token
+    parts = [np.array(begin + encoding.encode_ordinary(doc), dtype) for doc in docs]
+    return np.concatenate(parts) if parts else np.array([], dtype)

@@ -1,6 +1,7 @@
 """Without a GPU the kernels run under Triton's interpreter, to be chosen before they are made. Tests marked
 long run where they are asked for: python -m pytest -m long.
 """
+import contextlib
 import os
 import random
 import signal
@@ -37,13 +38,40 @@ def dataset(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def unfused(monkeypatch):
+@pytest.fixture(scope="session")
+def tiny(dataset):
+    """(out_dir, field=value, ...) -> the command line of a tiny run of train.py."""
+    def flags(out_dir, **changes):
+        settings = {"out_dir": out_dir, "dataset": dataset, "n_layer": 1, "n_embd": 32, "n_head": 2,
+                    "block_size": 32, "batch_size": 4, "max_steps": 10, "learning_rate": 1e-2,
+                    "eval_interval": 4, "eval_iters": 2, "sample_tokens": 0, "device": "cpu",
+                    "compile": False, **changes}
+        return [f"--{name}={value}" for name, value in settings.items()]
+    return flags
+
+
+@contextlib.contextmanager
+def without_compiler():
     """Definitions as they stand, without torch.compile. One thread: more are slower on tiny tensors."""
     import nvfp4                                    # once it is known who runs the kernels
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(nvfp4, "can_compile", lambda kind: False)
-    torch.manual_seed(0)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nvfp4, "can_compile", lambda kind: False)
+        yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def eager():
+    """without_compiler() for all of a module, its fixtures too."""
+    with without_compiler():
+        yield
+
+
+@pytest.fixture
+def unfused():
+    """without_compiler() for a test, which begins with the same random numbers wherever it stands."""
+    with without_compiler():
+        torch.manual_seed(0)
+        yield

@@ -37,7 +37,7 @@ from configs import config  # noqa: E402
 from data.files import UserError  # noqa: E402
 from data.tokens import prepare  # noqa: E402
 
-BUG = 70                                            # exit status of a traceback
+BUG, INTERRUPTED = 70, 130                          # exit status of a traceback, and of SIGINT
 LONGEST = 1200                                      # letters of an error
 
 
@@ -83,7 +83,10 @@ def status_of(work, before):
             print(end.code, file=sys.stderr, flush=True)
             return 1
         return end.code or 0
-    except BaseException:
+    except BaseException as error:
+        files = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
+        if isinstance(error, KeyboardInterrupt) and files == {__file__}:
+            return INTERRUPTED                      # the command had not begun, or had ended
         traceback.print_exc()
         sys.stderr.flush()
         return BUG
@@ -149,7 +152,7 @@ def until_done(bench, name, hurt, random):
         if status == 0:
             assert contents(folder) == contents(bench.whole), name
             return n, n_hurt
-        ends = train.STOPPED, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP
+        ends = train.STOPPED, INTERRUPTED, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP
         assert status in ends, line
         n_hurt += 1
         if (folder / "ckpt.pt").exists():           # then all rows before it are there
@@ -330,7 +333,7 @@ def configs(bench, n):
         try:
             c = train.load_config(argv)
             sizes = model.outline(train.replace(c.model, vocab_size=c.model.vocab_size or 256))
-            train.check_memory(c, sizes, torch.device("cpu"))
+            train.check_memory(c, sizes, torch.device("cpu"), torch.float32, train.Ranks())
             assert train.unflatten(json.loads(json.dumps(train.flatten(c)))) == c
         except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < LONGEST, (seed, argv)

@@ -104,6 +104,33 @@ def test_wrong_recurrences_are_noticed():
     assert all(far(a, b) < 1e-10 for a, b in zip(ssm(x, dt, A, B, C, h), (y, last), strict=True))
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
+def test_a_state_that_begins_anew_is_that_of_each_part_alone(dtype, bound):
+    """Chunked and one by one, with gradients; the parts of the two sequences begin within a chunk, with one,
+    next to each other, and at the first token."""
+    inputs, begins = ssm_inputs(dtype, 21, 2, speed=0.1), torch.zeros(2, 21, dtype=torch.bool)
+    begins[0, [3, 8, 9, 13]] = begins[1, [0, 16]] = True
+
+    def apart(x, dt, A, B, C, h):
+        """Each sequence's parts alone, only its first with a state."""
+        rows = []
+        for i, row in enumerate(begins):
+            cuts = [0, *[t for t in range(1, 21) if row[t]], 21]
+            h_i, y = None if row[0] else h[i:i + 1], []
+            for a, b in itertools.pairwise(cuts):
+                part, h_i = ssm(x[i:i + 1, a:b], dt[i:i + 1, a:b], A, B[i:i + 1, a:b], C[i:i + 1, a:b], h_i)
+                y.append(part)
+                last, h_i = h_i, None
+            rows.append((torch.cat(y, 1), last))
+        return [torch.cat(found) for found in zip(*rows, strict=True)]
+    want = with_gradients(apart, inputs)
+    for scan in (ssm, lambda *a, **k: ssm_chunked(*a, L=8, **k)):
+        got = with_gradients(lambda *a, scan=scan: scan(*a, begins=begins), inputs)
+        assert all(far(a, b) < bound for a, b in zip(got, want, strict=True))
+        for wrong in (None, begins.roll(1, 1)):
+            assert all(far(a, b) > 1e-2 for a, b in zip(scan(*inputs, begins=wrong), want, strict=False))
+
+
 # ---------------------------------------------------------------- Mamba-2, written out in float64
 
 def mamba_reference(mixer, x, wrong=None):
@@ -165,6 +192,60 @@ def test_decays_begin_where_the_paper_says_and_nothing_but_learning_moves_them()
                    if "proj" not in name and name not in ("embed.weight", "head.weight"))
         matrices = {id(p) for p in model.matrices()}
         assert not any(id(p) in matrices for m in model.blocks for p in m.mixer.parameters(recurse=False))
+
+
+# ---------------------------------------------------------------- documents kept apart
+
+START = 79
+
+
+def documents(*lengths):
+    """Documents of so many tokens, each begun by START."""
+    return [torch.cat([torch.tensor([[START]]), torch.randint(0, START, (1, n - 1))], 1) for n in lengths]
+
+
+def logits_and_gradients(model, pieces):
+    """Of sequences, the logits one after the other, and the gradients of a loss that is a sum over tokens."""
+    y = torch.cat([model(piece) for piece in pieces], 1)
+    weights = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
+    return [y, *torch.autograd.grad((y * weights).sum(), model.parameters())]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
+@pytest.mark.parametrize("arch", ["gpt", "ngpt"])
+def test_packed_documents_are_each_alone(arch, dtype, bound, monkeypatch):
+    """Logits and all gradients. Positions are each document's own, for nGPT scales queries after it rotates
+    them, channel by channel. The balance loss is left out, which is one of a sequence, of all its documents.
+    """
+    if dtype == torch.float64:                      # what is computed in fp32 at least
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    for pattern, changes in (("*-", {}), ("*-", {"rope_base": 0.0}), ("M", {}), ("ME*-", {})):
+        model = make(arch, pattern=pattern, document_start=START, moe_aux_loss=0.0, **changes).to(dtype)
+        scramble(model)
+        parts = documents(9, 3, 12)
+        want = logits_and_gradients(model, parts)
+        got = logits_and_gradients(model, [torch.cat(parts, 1)])
+        assert all(far(a, b) < bound for a, b in zip(got, want, strict=True)), (pattern, changes)
+        model.config = replace(model.config, document_start=None)               # control
+        y = model(torch.cat(parts, 1))
+        assert far(y[:, :9], want[0][:, :9]) < bound and far(y[:, 9:], want[0][:, 9:]) > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ["gpt", "ngpt"])
+def test_documents_step_by_step_are_the_whole(arch):
+    """Each sequence has its own; a document goes on from piece to piece."""
+    model = make(arch, pattern="ME*M-*", document_start=START).eval()
+    scramble(model)
+    idx = torch.cat([torch.cat(documents(*lengths), 1) for lengths in ((4, 5, 11), (7, 13))])
+    whole = model(idx)
+    for pieces in (PIECES, (1,) * 20, (9, 11)):
+        assert far(step_by_step(model, idx, pieces, [{} for _ in model.blocks]), whole) < 1e-5
+    states = [{} for _ in model.blocks]
+    model(idx[:, :9], state=states)
+    for state in states:                            # control: it is not known where the documents began
+        state["starts"] = torch.zeros_like(state["starts"])
+    assert far(model(idx[:, 9:], state=states), whole[:, 9:]) > 1e-2
 
 
 # ---------------------------------------------------------------- decoding with a state
@@ -444,6 +525,7 @@ def test_the_bias_moves_against_the_load_and_evens_it_out():
         loads = []
         for _ in range(150):
             mixer(torch.randn(2, 256, 64) + skew)
+            mixer.after_forward()
             load, before = mixer.load.clone(), mixer.bias.clone()
             found = model.after_step()
             assert int(load.sum()) == 2 * 256 * 2 and (mixer.load == 0).all()
@@ -456,6 +538,7 @@ def test_the_bias_moves_against_the_load_and_evens_it_out():
         busiest[rate] = float(late.max() / late.mean())
     assert busiest[0.01] < 1.1 and busiest[0.0] > 2
     mixer.eval()(torch.randn(2, 64, 64))
+    mixer.after_forward()
     assert (mixer.load == 0).all()
     mixer.bias_rate = 0.5
     model.after_step(lambda load: torch.arange(8.0))                            # what the ranks add up to

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 REPO = Path(__file__).resolve().parents[1]
@@ -24,15 +25,16 @@ import nvfp4  # noqa: E402
 import train  # noqa: E402
 from nvfp4 import (GEMMS, OPERANDS, RECIPES, SIGNS, Both, Decoded, FP4Config, FP4Linear, Quantized,  # noqa: E402
                    choices, convert, matmul, quantize, quantize_both, quantize_both_triton, tensors_of)
-from test_nvfp4 import (BLOCK, CONFIGS, KINDS, SEED, batch, eager, gaussian, make_layer, run,  # noqa: E402, F401
-                        same, sample)
+from test_nvfp4 import (BLOCK, CONFIGS, KINDS, SEED, batch, gaussian, make_layer, run, same,  # noqa: E402
+                        sample)
 
 triton = pytest.importorskip("triton", reason="no Triton on this system")
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 needs_none = pytest.mark.skipif(GPU, reason="plays a GPU that is not here")
-pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value):RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value):RuntimeWarning"),
+              pytest.mark.usefixtures("unfused")]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KEY = torch.tensor(nvfp4.stream_key(SEED, 1, 2, 3, 4))
 FIXED = torch.tensor(SIGNS, dtype=FP32)
@@ -162,7 +164,7 @@ def swizzled(x, rows, columns):
 
 
 @pytest.mark.parametrize("square", (False, True), ids=("1x16", "16x16"))
-@pytest.mark.parametrize("kind", ("gaussian", "inf"))
+@pytest.mark.parametrize("kind", ("gaussian", pytest.param("inf", marks=pytest.mark.long)))
 def test_kernel_stores_scales_as_swizzle_orders_them(kind, square):
     """Of rows and columns at once; tiles not filled, which are padded with zeros beside a NaN too; square
     blocks, where they fit, for each of their lines. Then all that reads scales finds the definition's."""
@@ -617,9 +619,10 @@ def test_activation_checkpointing_changes_no_bit(recipe):
 
 
 @pytest.mark.parametrize("recipe", (
-    "nvfp4", "ngpt", "fp4_dge_occ", QUARTET2, FP4Config(gemms=("fprop",)), FP4Config(gemms=("wgrad",)),
-    FP4Config(hadamard=GEMMS, signs="fresh")),
-    ids=("nvfp4", "ngpt", "fp4_dge_occ", "quartet2", "fprop", "wgrad", "fresh signs"))
+    "nvfp4", "ngpt", replace(RECIPES["fp4_dge_occ"], e5m2=("dgrad", "wgrad")), QUARTET2,
+    FP4Config(gemms=("fprop",)), FP4Config(gemms=("wgrad",)),
+    pytest.param(FP4Config(hadamard=GEMMS, signs="fresh"), marks=pytest.mark.long)),
+    ids=("nvfp4", "ngpt", "fp4_dge_occ, fp8", "quartet2", "fprop", "wgrad", "fresh signs"))
 def test_compiled_model_is_one_graph_and_sees_new_weights(recipe):
     """convert()'s hook, before the model, looks at the weights outside of the graph; the rest is one graph.
     The backend aot_eager fuses nothing, so all bits are those of the eager model."""
@@ -642,6 +645,28 @@ def test_compiled_model_is_one_graph_and_sees_new_weights(recipe):
     assert same(blindly(x), want_model(x)) is not stale
     nvfp4.refresh_weights(model)
     assert equal(blindly)
+
+
+def test_compiled_model_with_some_gemms_in_high_precision(recipe="nvfp4"):
+    """One graph more, however often; bits are those of the eager model, inside and after it."""
+    (want_model, x), (model, _) = small_model(recipe), small_model(recipe)
+    with nvfp4.high_precision(model):               # as a run's first evaluation does
+        torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled, counts, found = torch.compile(model, backend=graphs), [], []
+    for _ in range(3):
+        for gemms in (("dgrad", "wgrad"), ()):
+            pair = []
+            for m, call in ((want_model, want_model), (model, compiled)):
+                x.grad = None
+                with nvfp4.high_precision(m, gemms):
+                    pair.append([t.clone() for t in gradients(m, x, call)])
+                m.zero_grad()
+            assert all(same(a, b) for a, b in zip(*pair, strict=True)), gemms
+            found.append(pair[0])
+        counts.append(graphs.frame_count)
+    assert counts == [2, 2, 2]
+    assert not same(found[0][1], found[1][1])       # control: the two differ in dx
 
 
 def test_compiled_layer_alone_looks_for_itself():

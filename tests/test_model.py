@@ -272,7 +272,7 @@ def test_a_measured_tensor_scale_sees_all_rows(recipe, sees):
 
 
 def test_rope_depends_on_distance_only_and_keeps_norms():
-    cos, sin = rope_tables(0, 32, 16, 10000.0, "cpu")
+    cos, sin = rope_tables(torch.arange(32), 16, 10000.0)
     q, k = torch.randn(16).expand(1, 1, 32, 16), torch.randn(16).expand(1, 1, 32, 16)
     scores = (rope(q, cos, sin) @ rope(k, cos, sin).transpose(-1, -2))[0, 0]    # (T, T)
     for distance in (0, 1, 7):

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,8 @@ import nvfp4  # noqa: E402
 import stress  # noqa: E402
 import train  # noqa: E402
 from data.files import Lines, UserError  # noqa: E402
-from data.tokens import read_tokens, write_tokens  # noqa: E402
-from model import PARTS, MoE, build, load_model  # noqa: E402
+from data.tokens import prepare, read_tokens, write_tokens  # noqa: E402
+from model import ABOUT, TENSORS, MoE, build, load_model  # noqa: E402
 from nvfp4 import OPERANDS  # noqa: E402
 from stress import Process  # noqa: E402
 from train import load_config, make_config, unflatten  # noqa: E402
@@ -45,7 +46,8 @@ RUNS = {                                            # kinds of runs that must go
                    "fp4_signs": "fresh", "gradient_accumulation_steps": 2, "weight_decay": 0.1,
                    "schedule": "cosine", "warmup_steps": 3, "eval_iters": 3},
     "hybrid": {"pattern": "ME*", "n_ffn": 48, "mamba_n_head": 16, "mamba_head_dim": 4, "mamba_n_group": 2,
-               "mamba_n_state": 16, "mamba_chunk": 8, "moe_n_expert": 4, "gradient_accumulation_steps": 2},
+               "mamba_n_state": 16, "mamba_chunk": 8, "moe_n_expert": 4, "gradient_accumulation_steps": 2,
+               "gradient_noise": True},
     "late switch": {"recipe": "quartet2", "fp4_hadamard_size": 32, "fp4_until": 0.6, "fp4_switched": "fprop",
                     "gradient_accumulation_steps": 2},
     "dge, occ, experts": {"recipe": "fp4_dge_occ", "pattern": "E*", "n_ffn": 48, "moe_n_expert": 4,
@@ -63,28 +65,12 @@ TRAIN = "train.main(sys.argv[1:])"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def eager():
-    threads = torch.get_num_threads()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    torch.set_num_threads(1)                        # as in the processes; more are slower on tiny tensors
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nvfp4, "can_compile", lambda kind: False)
-        yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():        # a run that ends in an error leaves its own
+def handlers(eager):
+    """A run that ends in an error leaves its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def tiny(dataset):
-    """(out_dir, field=value, ...) -> the command line of a tiny run."""
-    def flags(out_dir, **changes):
-        settings = {"out_dir": out_dir, "dataset": dataset, "n_layer": 1, "n_embd": 32, "n_head": 2,
-                    "block_size": 32, "batch_size": 4, "max_steps": 10, "learning_rate": 1e-2,
-                    "eval_interval": 4, "eval_iters": 2, "sample_tokens": 0, "device": "cpu",
-                    "compile": False, **changes}
-        return [f"--{name}={value}" for name, value in settings.items()]
-    return flags
 
 
 @pytest.fixture(scope="module")
@@ -379,9 +365,76 @@ def test_what_another_version_set_is_said(tiny, tmp_path, capsys):
     assert saved_step(tmp_path) == 2
 
 
+def test_documents_apart_is_a_run_s_own_choice(tiny, dataset, tmp_path, capsys):
+    """-1 finds the token; it goes on bit for bit, and is not taken back by --resume."""
+    data, cost = tmp_path / "data", {}
+    text = ["".join(random.Random(seed).choices("ab c", k=60)) for seed in range(200)]
+    prepare(text[:150], text[150:], data, "a test", vocab_size=257)
+    for start in (-1, None):
+        folder = tmp_path / f"{start}"
+        train.main(tiny(folder, dataset=data, document_start=start))
+        cost[start] = [row["loss"] for row in metrics(folder, "loss")]
+        assert train.load_run(folder)[2].model.document_start == (256 if start else None)
+    assert cost[-1] != cost[None]
+    halves = tmp_path / "halves"
+    train.main(tiny(halves, dataset=data, document_start=-1, stop_at=5))
+    train.main(tiny(halves, dataset=data, document_start=-1, resume=True))
+    assert [row["loss"] for row in metrics(halves, "loss")] == cost[-1]
+    assert "document_start=None" in refusal(tiny(halves, dataset=data, resume=True))
+    assert "has not; give a token" in refusal(tiny(tmp_path / "bytes", document_start=-1))
+    assert "must be a token, from 0 to" in refusal(tiny(tmp_path / "far", document_start=256))
+
+
 def test_bf16_run_has_no_fp4_loss(tiny, tmp_path):
     train.main(tiny(tmp_path, recipe="bf16", max_steps=1))
     assert [set(row) for row in metrics(tmp_path, "val_loss")] == [{"step", "val_loss", "val_bpb"}] * 2
+
+
+def gradients_of(folder, gemms, step=10):
+    """dw of a finished run's FP4 layers for the first micro-batch of a step, by loss.backward()."""
+    model, _, c = train.load_run(folder)
+    nvfp4.convert(model, replace(c.fp4, gemms=gemms), report=lambda line: None)
+    nvfp4.set_step(model, c.seed, step)
+    data = train.load_data(c.dataset, c.model.block_size, c.model.vocab_size).train
+    shape = c.gradient_accumulation_steps, c.batch_size
+    starts = train.train_starts(len(data), c.model.block_size, shape, c.seed, step)[0]
+    _, dtype = train.choose_device(c)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = model.train()(*train.batch_at(data, starts, c.model.block_size, torch.device("cpu")))
+    loss.backward()
+    return {name: m.weight.grad.double() for name, m in model.named_modules()
+            if isinstance(m, nvfp4.FP4Linear)}
+
+
+def test_gradient_noise_is_that_of_the_backward(tiny, whole, tmp_path, capsys):
+    """The last evaluation by brute force, bit for bit: layers that never ran but in FP4 against others that
+    never had a backward in FP4. The run itself, experts and their loads included, is untouched."""
+    train.main(tiny(tmp_path, **RUNS["hybrid"] | {"gradient_noise": False}))
+    plain = capsys.readouterr().out
+    watched = whole("hybrid")
+    found = changed(watched, tmp_path)
+    assert found and all(re.match(f"metrics/.* val/{train.NOISE}", name) for name in found)
+    row, said = metrics(watched, "val_loss")[-1], (watched / "log.txt").read_text()
+
+    def ratios(gemms, step=10):
+        fp4, exact = (gradients_of(watched, gemms, step) for gemms in (gemms, ("fprop",)))
+        return {train.NOISE + name: float(dw.std() / (fp4[name] - dw).std()) for name, dw in exact.items()}
+    want = ratios(nvfp4.GEMMS)
+    assert want == {name: ratio for name, ratio in row.items() if name.startswith(train.NOISE)}
+    assert "blocks.1.mixer.experts.fc1" in " ".join(want) and all(0.1 < r < 100 for r in want.values())
+    noisiest = min(want, key=want.get)
+    assert f"gradient over noise {want[noisiest]:.2f} in {noisiest.removeprefix(train.NOISE)}\n" in said
+    assert "gradient over noise" not in plain
+    last = train.NOISE + "blocks.2.mixer.out"       # whose dy is exact: above it is the head
+    for other, equal in ((ratios(nvfp4.GEMMS, step=9), []), (ratios(("fprop", "wgrad")), [last])):  # controls
+        assert [name for name in want if other[name] == want[name]] == equal
+
+
+def test_no_backward_in_fp4_has_no_noise(tiny, tmp_path, capsys):
+    for recipe in ("bf16", "fp4_dge_occ"):
+        train.main(tiny(tmp_path / recipe, recipe=recipe, max_steps=1, gradient_noise=True))
+        assert f"gradient_noise: recipe {recipe} has no backward in FP4" in capsys.readouterr().out
+        assert not any(name.startswith(train.NOISE) for row in metrics(tmp_path / recipe) for name in row)
 
 
 @pytest.mark.parametrize("switched", ["fprop", "dgrad,wgrad", "fprop,dgrad,wgrad"])
@@ -437,7 +490,11 @@ def test_impossible_run_is_one_line(tiny, tmp_path, monkeypatch, changes, messag
 
 # ---------------------------------------------------------------- stop and resume
 
-@pytest.mark.parametrize("kind", RUNS)
+QUICK = ("all random", "hybrid", "late switch")     # the others are of the same kind: -m long
+
+
+@pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.long)
+                                            for kind in RUNS if kind not in QUICK)])
 def test_resume_in_a_new_process_is_bit_for_bit(tiny, whole, tmp_path, kind):
     train.main(tiny(tmp_path, **RUNS[kind], stop_at=5))
     assert saved_step(tmp_path) == 5
@@ -626,11 +683,9 @@ def test_infinite_gradient_stops_the_run(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changes", [
     {"n_embd": 64}, {"arch": "gpt", "recipe": "ngpt"}, {"activation": "swiglu"}, {"recipe": "bf16"},
-    {"fp4_stochastic": "dgrad.dy"}, {"fp4_tail": 0.5}, {"seed": 1}, {"dataset": "a copy"}, {"batch_size": 8},
-    {"learning_rate": 1.0}, {"max_steps": 20}, {"dtype": "float32"}], ids=str)
-def test_resume_refuses_and_names_what_changed(tiny, dataset, whole, tmp_path, changes):
-    if "dataset" in changes:
-        changes = {"dataset": shutil.copytree(dataset, tmp_path / "copy")}
+    {"fp4_stochastic": "dgrad.dy"}, {"fp4_tail": 0.5}, {"seed": 1}, {"batch_size": 8}, {"learning_rate": 1.0},
+    {"max_steps": 20}, {"dtype": "float32"}], ids=str)
+def test_resume_refuses_and_names_what_changed(tiny, whole, changes):
     before = {path: path.read_bytes() for path in whole("ngpt").iterdir()}
     line, name = refusal(tiny(whole("ngpt"), **changes, resume=True)), next(iter(changes))
     assert f"--resume: {name}=" in line and f"but the run in {whole('ngpt')} has {name}=" in line
@@ -646,11 +701,29 @@ def test_resume_refuses_other_data_under_the_same_name(tiny, dataset, tmp_path):
     assert f"{data} is not the data of the run" in line and "another source" in line and "a test" in line
 
 
+def test_a_run_goes_on_where_its_data_have_moved(tiny, dataset, tmp_path):
+    """Here in two shards, as far apart as machines: no path is kept."""
+    data, (ids, head) = shutil.copytree(dataset, tmp_path / "data"), read_tokens(dataset / "train.bin")
+    (data / "train.bin").unlink()
+    for number, part in enumerate((ids[:7000], ids[7000:])):
+        write_tokens(data / f"train_{number:05}.bin", part, 256, "bytes", head.source, len(part))
+    train.main(tiny(tmp_path / "whole", dataset=data))
+    train.main(tiny(tmp_path / "run", dataset=data, stop_at=5))
+    moved = data.rename(tmp_path / "elsewhere")
+    shutil.copy(moved / "train_00000.bin", moved / "train_00002.bin")
+    assert "3 files of 25000 tokens, not" in refusal(tiny(tmp_path / "run", dataset=moved, resume=True))
+    (moved / "train_00002.bin").unlink()
+    train.main(tiny(tmp_path / "run", dataset=moved, resume=True))
+    assert changed(tmp_path / "run", tmp_path / "whole") == set()
+    train.main(tiny(tmp_path / "other", dataset=dataset))       # control: the same text, uncut
+    assert "metrics" in parts(changed(tmp_path / "other", tmp_path / "whole"))
+
+
 def test_resume_accepts_what_changes_no_step(tiny, whole, tmp_path):
     train.main(tiny(tmp_path / "here", stop_at=5))
     (tmp_path / "here").rename(tmp_path / "there")
     train.main(tiny(tmp_path / "there", resume=True, eval_interval=3, eval_iters=1, log_interval=1,
-                    checkpoint_interval=1, sample_tokens=4))
+                    checkpoint_interval=1, sample_tokens=4, gradient_noise=True))
     assert all(re.match("metrics/.* val/", name) for name in changed(tmp_path / "there", whole("ngpt")))
 
 
@@ -800,7 +873,7 @@ def less(*keys):
 
 CONTENTS = {                                        # of a checkpoint whose every bit is in order
     "nothing": (lambda saved: saved.clear(), "its model is missing"),
-    **{f"no {key}": (less(key), f"its {key} is missing") for key in PARTS if key != "rows"},
+    **{f"no {key}": (less(key), f"its {key} is missing") for key in ABOUT | TENSORS if key != "rows"},
     "step -5": (lambda saved: saved.update(step=-5), "step -5"),
     "step 2.5": (lambda saved: saved.update(step=2.5), "its step is missing"),
     "another step": (lambda saved: saved.update(step=4), "step 4 is not that of its optimizer, 5"),
@@ -890,8 +963,8 @@ def test_two_runs_never_share_a_folder(tiny, whole, tmp_path):
 
 
 def test_only_what_a_machine_can_hold_is_begun(tiny, tmp_path, monkeypatch):
-    for changes, says in (({"n_embd": 2**18, "n_head": 8}, "n_embd=262144 and n_layer=1 take"),
-                          ({"batch_size": 10**8}, "batch_size=100000000 of block_size=32 another")):
+    for changes, says in (({"n_embd": 2**18, "n_head": 8}, "free here; what would fit: a smaller model"),
+                          ({"batch_size": 10**8}, "free here; what would fit: --batch_size=")):
         assert says in refusal(tiny(tmp_path, **changes)) and not list(tmp_path.iterdir())
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")):
@@ -996,19 +1069,27 @@ def torchrun(folder, argv):
 @pytest.mark.long
 def test_an_error_of_one_rank_ends_both_in_order(tiny, tmp_path):
     """The first cannot write; the other learns of it, and both leave the group they talk through."""
-    leave = ("import torch.distributed as dist\nreal = dist.destroy_process_group\n"
-             "dist.destroy_process_group = lambda: (print('left', os.environ['RANK'], flush=True), real())\n")
+    leave = f"""
+import pathlib, torch.distributed as dist
+def leave(real=dist.destroy_process_group):
+    real()
+    pathlib.Path({str(tmp_path)!r}, "left" + os.environ["RANK"]).touch()
+    deadline = time.time() + 30                     # torchrun ends the other as soon as one has ended
+    while len([*pathlib.Path({str(tmp_path)!r}).glob("left?")]) < 2 and time.time() < deadline:
+        time.sleep(0.05)
+dist.destroy_process_group = leave
+"""
     (tmp_path / "driver.py").write_text(EAGER + leave + TRAIN)
     (tmp_path / "file").write_text("")
-    status, out, err = finish(start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                                    tmp_path / "driver.py",
-                                    *tiny(tmp_path / "file", gradient_accumulation_steps=2)))
-    assert status == 1 and sorted(re.findall(r"left \d", out)) == ["left 0", "left 1"]
+    status, _, err = finish(start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                                  tmp_path / "driver.py",
+                                  *tiny(tmp_path / "file", gradient_accumulation_steps=2)))
+    assert status == 1 and {path.name for path in tmp_path.glob("left?")} == {"left0", "left1"}
     assert err.count("train.py: ") == 1 and f"train.py: {tmp_path / 'file'}: File exists" in err
 
 
-@pytest.mark.parametrize("kind", ["all random", "hybrid", pytest.param("late switch", marks=pytest.mark.long),
-                                  pytest.param("dge, occ, experts", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["hybrid", *(pytest.param(kind, marks=pytest.mark.long) for kind in (
+    "all random", "late switch", "dge, occ, experts"))])            # those in parts: tests/test_ranks.py
 def test_two_ranks_equal_two_micro_batches(tiny, whole, tmp_path, kind):
     """One process computes a/2 + b/2, two ranks (a + b)/2: of the loss, of every gradient.
 

@@ -2,10 +2,13 @@
 
     python data/text/prepare.py PATH [--glob "*.md"] [--val_every 20] [--vocab_size 4096] [--tokenizer bpe]
                                      [--out data/<name of PATH>]
+    python data/text/prepare.py PATH --glob "*.parquet" [--field text] [--tokens 1e9] [--processes 8] ...
 
 Several files: each is a document, in order of path, and every val_every-th is validation.
 A single file: the last 1/val_every of it is validation, cut at the start of a line. Interleaved paragraphs
 would put each validation paragraph between two trained ones on its subject, and cut up the contexts of both.
+Parquet files or JSON lines (.jsonl): each row or line is a document, and one in val_every, by its hash, is
+validation. They become shards, in several processes; a command that was stopped goes on (data/shards.py).
 """
 import argparse
 import hashlib
@@ -15,17 +18,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whatever the current folder
 
 from data.files import command
+from data.shards import Corpus, prepare_shards
 from data.tokens import DataError, prepare
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("path", help="a text file in UTF-8, or a folder of them")
+    parser.add_argument("path", help="a text file in UTF-8, parquet, JSON lines, or a folder of these")
     parser.add_argument("--glob", default="*.txt", help="which files of a folder and its subfolders")
     parser.add_argument("--val_every", type=int, default=20, help="one file or part in so many is validation")
     parser.add_argument("--vocab_size", type=int, default=4096, help="size of the bpe tokenizer")
     parser.add_argument("--tokenizer", default="bpe", help="bpe (trained here), gpt2 or bytes")
     parser.add_argument("--out", help="folder for train.bin, val.bin and tokenizer.json")
+    parser.add_argument("--field", default="text", help="of parquet or JSON lines: what holds the text")
+    parser.add_argument("--tokens", type=float, help="of parquet or JSON lines: stop at about so many")
+    parser.add_argument("--processes", type=int, help="of parquet or JSON lines: at work at once; all cores")
     c = parser.parse_args(argv)
     if not Path(c.path).exists():
         raise DataError(f"{c.path}: no such file or folder; give a text file or a folder of text files")
@@ -36,13 +43,16 @@ def main(argv=None):
     if not c.out and (out / "prepare.py").exists():
         raise DataError(f"{out}: belongs to another dataset; choose a folder with --out")
 
-    docs, source = read_documents(path, c.glob)
+    paths = find_files(path, c.glob)
+    if {file.suffix for file in paths} <= {".parquet", ".jsonl"}:
+        prepare_shards(corpus(path, paths, c), out, c.tokenizer, c.vocab_size, c.tokens, c.processes)
+        return
+    docs, source = read_documents(path, paths)
     train, val = split_files(docs, c.val_every) if len(docs) > 1 else split_text(docs[0], c.val_every)
     prepare(train, val, out, source, c.tokenizer, c.vocab_size)
 
 
-def read_documents(path, glob):
-    """returns: the texts, and their source. Files that are empty or not UTF-8 are skipped and counted."""
+def find_files(path, glob):
     try:
         paths = [path] if path.is_file() else sorted(p for p in path.rglob(glob) if p.is_file())
     except (ValueError, NotImplementedError):
@@ -51,6 +61,24 @@ def read_documents(path, glob):
         raise DataError(f"{path}: its folders are nested too deeply; give one of them") from None
     if not paths:
         raise DataError(f"{path}: no file matches --glob={glob}; give another pattern, as in --glob='*.md'")
+    return paths
+
+
+def corpus(path, paths, c):
+    """Files of documents, known again by their names and sizes."""
+    sizes = [(file.relative_to(path).as_posix(), file.stat().st_size) for file in paths]
+    digest = hashlib.sha256(repr(sizes).encode()).hexdigest()
+    files = [(str(file), size) for file, (_, size) in zip(paths, sizes, strict=True)]
+    source = f"{plain(path.name)}, {len(paths)} files, names and sizes sha256 {digest}"
+    return Corpus(source, files, open, c.field, c.val_every)
+
+
+def plain(name):
+    return name.encode(errors="replace").decode()   # not all names are UTF-8
+
+
+def read_documents(path, paths):
+    """returns: the texts, and their source. Files that are empty or not UTF-8 are skipped and counted."""
     docs, empty, foreign, digest = [], 0, 0, hashlib.sha256()
     for file in paths:
         raw = file.read_bytes()
@@ -70,8 +98,7 @@ def read_documents(path, glob):
     if empty or foreign:
         print(f"skipped {skipped} of {len(paths)} files")
     files = f", {len(docs)} files" if path.is_dir() else ""
-    name = path.name.encode(errors="replace").decode()          # not all names are UTF-8
-    return docs, f"{name}{files}, sha256 {digest.hexdigest()}"
+    return docs, f"{plain(path.name)}{files}, sha256 {digest.hexdigest()}"
 
 
 def split_files(docs, val_every):
