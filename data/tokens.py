@@ -24,6 +24,7 @@ import hashlib
 import heapq
 import json
 import math
+import mmap
 import os
 import shlex
 import subprocess
@@ -149,6 +150,8 @@ def _map_tokens(path, scan):
     if size != expected or header.n_tokens < 1:
         raise error(f"{size} bytes long, but {header.n_tokens} tokens of {header.dtype} take {expected}")
     ids = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES)
+    if hasattr(mmap, "MADV_RANDOM"):                # else a disk may read megabytes beside each window
+        ids.base.madvise(mmap.MADV_RANDOM)
     largest = max(piece.max() for piece in pieces(ids, scan))
     if largest >= header.vocab_size:
         raise error(f"holds id {largest}, not below vocab_size={header.vocab_size}")
