@@ -559,8 +559,8 @@ print(2000 * 4096 / (time.time() - start), own() - before)"""
     assert done.returncode == 0, done.stderr
     seconds, megabytes, n_tokens, speed, growth = map(float, done.stdout.split())
     with capsys.disabled():
-        print(f"\n{n_tokens:.0f} tokens: {seconds:.2f} s, {megabytes:.0f} MB read, {speed / 1e6:.1f}M tokens/s, "
-              f"{growth:.0f} MiB more")
+        print(f"\n{n_tokens:.0f} tokens: {seconds:.2f} s, {megabytes:.0f} MB read, "
+              f"{speed / 1e6:.1f}M tokens/s, {growth:.0f} MiB more")
     for number in range(100):
         tokens.shard_path(tmp_path, number).unlink()
     assert n_tokens == 10**9 and seconds < 5 and megabytes < 200
