@@ -275,18 +275,23 @@ def test_a_rank_that_is_gone_is_named(tiny, tmp_path):
     assert load_checkpoint(newest_checkpoint(out))["step"] == 2
 
 
-@pytest.mark.long
-def test_processes_need_no_torchrun(tiny, tmp_path):
-    """As a queue's own launcher starts them. Both get a signal, and say by their exit status to go on."""
-    settings = RUNS["bf16"] | {"max_steps": 10**5, "checkpoint_interval": 10**5, "parallel": "fsdp"}
-    argv = [sys.executable, REPO / "train.py", *tiny(tmp_path / "run", **settings)]
+def launch(n, *command):
+    """n ranks, started one by one as a queue's own launcher does. torchrun's are sessions of their own: who
+    kills it does not kill them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    place = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    both = [subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    return [subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                              env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(2)]
+            for rank in range(n)]
+
+
+@pytest.mark.long
+def test_processes_need_no_torchrun(tiny, tmp_path):
+    """Both get a signal, and say by their exit status to go on."""
+    settings = RUNS["bf16"] | {"max_steps": 10**5, "checkpoint_interval": 10**5, "parallel": "fsdp"}
+    both = launch(2, REPO / "train.py", *tiny(tmp_path / "run", **settings))
     log = tmp_path / "run" / "metrics.jsonl"
     while not log.exists() or "loss" not in log.read_text():
         time.sleep(0.1)
@@ -301,29 +306,26 @@ def test_processes_need_no_torchrun(tiny, tmp_path):
 def test_kills_at_random_cost_nothing_but_steps(tiny, tmp_path):
     """One rank and two, by all ways, are killed after some changes of their checkpoints; the other number
     goes on. No clock says when, so that a fast machine is not done before it is killed."""
-    settings, out = RUNS["all random"] | {"checkpoint_interval": 1, "max_steps": 80}, tmp_path / "run"
+    settings, out = RUNS["all random"] | {"checkpoint_interval": 1, "max_steps": 48}, tmp_path / "run"
     train.main(tiny(tmp_path / "whole", **settings))
     (tmp_path / "driver.py").write_text(DRIVER)
     rng, ways, kills = random.Random(0), ("fsdp", "ddp", "zero2"), 0
     for n in range(60):
         resume = newest_checkpoint(out).exists()
         argv = tiny(out, **settings, parallel=ways[n % 3], resume=resume)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={1 + n % 2}",
-             tmp_path / "driver.py", json.dumps([(argv, False)])], stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        processes = launch(1 + n % 2, tmp_path / "driver.py", json.dumps([(argv, False)]))
         changes, times, until = rng.randint(1, 24), {written(out)}, time.monotonic() + 120
-        while process.poll() is None and len(times) <= changes:
+        while any(process.poll() is None for process in processes) and len(times) <= changes:
             times.add(written(out))
             assert time.monotonic() < until
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.2))             # into the next step, or the next checkpoint
-        if process.poll() is None:
-            kills += 1
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        time.sleep(0.5)                             # a lock goes with its process
-        if newest_checkpoint(out).exists() and load_checkpoint(newest_checkpoint(out))["step"] == 80:
+        for process in processes:
+            process.kill()
+        ends = {process.wait() for process in processes}
+        assert ends <= {0, -signal.SIGKILL}         # none is refused, or fails, after what befell the last
+        kills += -signal.SIGKILL in ends
+        if newest_checkpoint(out).exists() and load_checkpoint(newest_checkpoint(out))["step"] == 48:
             break
     assert kills >= 2 and differences(tmp_path / "whole", out) == set()
 
