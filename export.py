@@ -34,6 +34,7 @@ from data.files import UserError, command, naming, read_json, write_whole
 from data.tokens import data_folder, load_tokenizer
 from model import build
 from nvfp4 import FORMATS, RECIPES, Both, Decoded, FP4Linear, Quantized
+from papers import PaperConfig
 from train import flatten, load_run, unflatten
 
 LAYOUTS = {                                         # codes, block scales, the tensor's scale, the input's
@@ -47,9 +48,9 @@ def check_exportable(c):
     cfg, form, other = c.fp4, FORMATS[c.fp4.format], "; name another recipe with --recipe="
     if "fprop" not in cfg.gemms or cfg.until is not None and "fprop" in cfg.switched:
         raise UserError(f"recipe={c.recipe}: its forward is, or ends, in high precision{other}")
-    if (form.block, form.scale_dtype, form.by_row) != (16, torch.float8_e4m3fn, False):
-        raise UserError(f"fp4_format={cfg.format}: its scales are not those of NVFP4{other}")
-    if "fprop" in cfg.hadamard or cfg.clamps:
+    if not form.reads_as_nvfp4:
+        raise UserError(f"fp4_format={cfg.format}: its codes and scales are not those of NVFP4{other}")
+    if "fprop" in cfg.hadamard or cfg.occ is not None:
         raise UserError(f"recipe={c.recipe}: engines neither rotate (fp4_hadamard=fprop) nor split (fp4_occ) "
                         f"what enters a layer{other}")
 
@@ -72,21 +73,21 @@ def names_of(name, layer):
 def pack_layer(layer, layout):
     """[{part: tensor}] of a layer, or of each of its experts."""
     def tensor_scale(how):
-        form = FORMATS[how["format"]]
-        s_enc, s_dec = nvfp4.tensor_scales(nvfp4.tensor_amax(rows, how["amax"]), form.top,
-                                           form.target(how["unbiased"]))
+        form, amax = FORMATS[how["format"]], how["amax"]
+        amax = nvfp4.largest_magnitude(rows) if amax is None else torch.tensor(amax)
+        s_enc, s_dec = nvfp4.tensor_scales(amax, form.top, form.target_of(how["unbiased"]))
         return s_enc.view(1) if layout == "compressed_tensors" else s_dec
     codes_at, scales_at, tensor_at, input_at = LAYOUTS[layout]
     for_x, for_w = (layer.cfg.operand(name, layer.keys) for name in ("fprop.x", "fprop.w"))
-    w, N = nvfp4.fill_up(layer.weight.detach(), 0, layer.padding), layer.out_features
-    rows = w.flatten(0, -2)                         # of all experts
+    rows, N = layer.filled_weight(), layer.out_features         # of all experts
+    height = len(rows) // (len(layer.weight) if layer.weight.dim() == 3 else 1)
     q = nvfp4.quantize(rows, **for_w)
-    scales = nvfp4.scales_of_lines(q.scales.view(torch.uint8), len(rows)).view(torch.float8_e4m3fn)
+    scales = q.scale_of_values()[..., 0].to(torch.float8_e4m3fn)
     shared = {tensor_at: tensor_scale(for_w)}
     if for_x["amax"] is not None:
         shared[input_at] = tensor_scale(for_x)
     return [{codes_at: codes[:N], scales_at: lines[:N], **shared}
-            for codes, lines in zip(q.codes.split(w.shape[-2]), scales.split(w.shape[-2]), strict=True)]
+            for codes, lines in zip(q.codes.split(height), scales.split(height), strict=True)]
 
 
 def to_tensors(model, layout):
@@ -128,17 +129,17 @@ def quantization_config(cfg, layout, kept):
 def unpack_layer(layer, parts, layout):
     """Have a layer compute with what pack_layer() made of it, in the forward alone. Returns its weight."""
     codes_at, scales_at, tensor_at, _ = LAYOUTS[layout]
-    rows, shape = (0, 0, 0, layer.padding), (*layer.weight.shape[:-2], -1, layer.in_features)
+    rows = 0, 0, 0, -layer.out_features % layer.cfg.whole_channels
+    shape = *layer.weight.shape[:-2], -1, layer.in_features
     codes = torch.cat([F.pad(part[codes_at], rows) for part in parts])
     scales = torch.cat([F.pad(part[scales_at].view(torch.uint8), rows) for part in parts])
     s_dec = parts[0][tensor_at].view(())
     q = Quantized(codes, scales.view(torch.float8_e4m3fn),
                   s_dec.reciprocal() if layout == "compressed_tensors" else s_dec)
-    how = layer.cfg.operand("fprop.w", layer.keys, None, torch.bfloat16, len(shape) == 3)
+    how = layer.cfg.operand("fprop.w", layer.keys, torch.bfloat16, len(shape) == 3)
     given = q
     if how["decode"] is not None:
-        fixed = None if how["amax"] is None else float(q.s_dec)
-        given = Decoded(q.decode(how["decode"]).view(shape), q.s_dec, fixed)
+        given = Decoded(q.decode(how["decode"]).view(shape), q.s_dec)
     layer.quantize_weight = lambda: Both(given, None)
     return q.dequantize().view(shape)[..., :layer.out_features, :]
 
@@ -173,7 +174,8 @@ def export(run, folder, layout="compressed_tensors", recipe=None):
         raise UserError(f"{folder} exists already; give another folder")
     model, _, c = load_run(run)
     if recipe is not None:
-        c = replace(c, recipe=recipe, fp4=RECIPES[check_choice("recipe", recipe, RECIPES)])
+        check_choice("recipe", recipe, RECIPES)
+        c = replace(c, recipe=recipe, fp4=PaperConfig(**vars(RECIPES[recipe])))
     check_exportable(c)
     try:
         tensors, kept = to_tensors(nvfp4.convert(model, c.fp4, report=said.append), layout)

@@ -6,8 +6,8 @@ h + f(rmsnorm(h)), or the step on the hypersphere (nGPT), where the stream has n
 that enters a linear layer. The standard mixers stand first and are complete without nGPT; nGPT replaces the
 mixers, the rule and the head by normalized ones. A mixer alone knows its weights: which axis of theirs is the
 residual stream, how they begin, what they cost, and what it must remember from one token to the next. A new
-one is a class, and its letter in GPT.mixers and NGPT.mixers. Nothing here knows of 4 bits, but that a mixture
-keeps its experts apart by multiples of 32.
+one is a class, and its letter in GPT.mixers and NGPT.mixers. Nothing here knows of 4 bits; a mixture has its
+product for each expert, and how many tokens keep them apart, from nvfp4.py.
 
 Letters
     B T C    batch, time (tokens), channels of the residual stream (n_embd)
@@ -26,7 +26,6 @@ Sources: 2410.01131 (nGPT), 2605.06067 appendix A (nGPT with normalized GEMM inp
     python model.py out/ngpt_tiny "The state of"       sample from a run
 """
 import functools
-import itertools
 import math
 import sys
 import zipfile
@@ -42,6 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from configs.config import Count, NotNegative, Positive, Size, help_fields, read_settings, unflatten
 from data.files import UserError, command
 from data.tokens import data_folder, load_tokenizer
+from nvfp4 import EXPERT_TOKENS, grouped
 from ranks import part_of, read_about, read_parts, whole_parts
 
 # ---------------------------------------------------------------- config
@@ -233,13 +233,13 @@ class Attention(Mixer):
         """Scores and mixing too, their masked half included, as is the custom (2204.02311 appendix B)."""
         return super().flops(T) + 12 * self.H * self.D * T
 
-    def heads(self, x, state):
-        """x (B, T, C) -> q (B, H, T, D), k and v (B, G, T, D), positions in q and k."""
-        B, T, _ = x.size()
-        q, k, v = self.qkv(x).view(B, T, -1, self.D).transpose(1, 2).split([self.H, self.G, self.G], 1)
+    def heads(self, qkv, state):
+        """What qkv makes of x -> q (B, H, T, D), k and v (B, G, T, D), positions in q and k."""
+        B, T, _ = qkv.size()
+        q, k, v = qkv.view(B, T, -1, self.D).transpose(1, 2).split([self.H, self.G, self.G], 1)
         if self.rope_base:
             before = state.get("tokens", 0) if state is not None else 0
-            positions = torch.arange(before, before + T, device=x.device)
+            positions = torch.arange(before, before + T, device=qkv.device)
             if state and "starts" in state:
                 positions = (positions - state["starts"][:, -T:])[:, None]      # (B, 1, T)
             cos, sin = rope_tables(positions, self.D, self.rope_base)
@@ -265,7 +265,7 @@ class Attention(Mixer):
         return y.transpose(1, 2).flatten(2)
 
     def forward(self, x, state=None):
-        return self.out(self.mix(*self.heads(x, state), state))
+        return self.out(self.mix(*self.heads(self.qkv(x), state), state))
 
 
 class MLP(Mixer):
@@ -437,11 +437,11 @@ class Mamba(Mixer):
             state["window"] = x[:, T:]
         return self.conv_bias + sum(self.conv[i] * taps[i] for i in range(W))
 
-    def mix(self, x, state):
-        """x (B, T, C) -> what out_proj reads, (B, T, H P)."""
-        b, T, _ = x.shape
-        z, xBC, dt = self.in_proj(x).split([self.parts[0], sum(self.parts), self.H], -1)
-        with torch.autocast(x.device.type, enabled=False):
+    def mix(self, zxBCdt, state):
+        """What in_proj makes of x (B, T, C) -> what out_proj reads, (B, T, H P)."""
+        b, T, _ = zxBCdt.shape
+        z, xBC, dt = zxBCdt.split([self.parts[0], sum(self.parts), self.H], -1)
+        with torch.autocast(zxBCdt.device.type, enabled=False):
             x, B, C = F.silu(self.convolve(xBC, state).float()).split(self.parts, -1)
             x, (B, C) = x.view(b, T, self.H, self.P), (t.view(b, T, self.G, self.N) for t in (B, C))
             dt = F.softplus(dt.float() + self.dt_bias)
@@ -458,27 +458,15 @@ class Mamba(Mixer):
             return (y * self.norm).to(z.dtype)
 
     def forward(self, x, state=None):
-        return self.out_proj(self.mix(x, state))
+        return self.out_proj(self.mix(self.in_proj(x), state))
 
 
 # ---------------------------------------------------------------- mixture of experts
 
 @torch.library.custom_op("model::grouped_mm", mutates_args=())
 def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """A product for each of E experts, expert e's tokens being ends[e - 1] to ends[e], of ends (E,) int32.
-
-    a (M, K), b (E, N, K)   tokens are rows of a, each multiplied by its expert's b^T -> (M, N)
-    a (N, M), b (K, M)      an expert's dw: the sum over its tokens of a's column times b's -> (E, N, K)
-    """
-    if a.is_cuda and a.dtype == torch.bfloat16:
-        y = F.grouped_mm(a, b.mT, offs=ends)
-        if b.dim() == 2:                            # what torch leaves of a sum over no tokens is not said
-            y = torch.where(ends.diff(prepend=ends.new_zeros(1))[:, None, None] > 0, y, 0)
-        return y
-    groups = list(itertools.pairwise([0, *ends.tolist()]))
-    if b.dim() == 2:
-        return torch.stack([a[:, i:j] @ b[:, i:j].t() for i, j in groups])
-    return torch.cat([a[i:j] @ w.t() for w, (i, j) in zip(b, groups, strict=True)])
+    """nvfp4.grouped() in high precision, opaque to torch.compile and with a backward by the same products."""
+    return grouped(F.linear, a, b, ends)
 
 
 @grouped_mm.register_fake
@@ -546,8 +534,7 @@ class MoE(Mixer):
     source: 2512.20848
     """
     mlp = MLP
-    multiple = 32                                   # rows, zeros included, of an expert: no block of a 4-bit
-                                                    # format, of 16 or 32, is to hold tokens of two
+    multiple = EXPERT_TOKENS                        # rows, zeros included, of an expert
 
     def __init__(self, c):
         super().__init__()
@@ -747,7 +734,7 @@ class NormalizedAttention(Attention):
         self.s_qk = Scale(self.H * self.D, init=1.0, stored=c.init_std)
 
     def forward(self, x, state=None):
-        q, k, v = self.heads(x, state)
+        q, k, v = self.heads(self.qkv(x), state)
         s = self.s_qk().view(self.H, 1, self.D)
         y = self.mix((unit(q) * (s * s * self.D)).to(q.dtype), unit(k), v, state)
         return self.out(unit(y) if self.normalize_inputs else y)
@@ -785,7 +772,7 @@ class NormalizedMamba(Mamba):
         self.normalize_inputs = c.normalize_inputs
 
     def forward(self, x, state=None):
-        y = self.mix(x, state)
+        y = self.mix(self.in_proj(x), state)
         return self.out_proj(unit(y) if self.normalize_inputs else y)
 
 
@@ -882,6 +869,21 @@ def count_parameters(model):
 def training_bytes(model):
     """Bytes of what training keeps for every parameter, in fp32: weight, gradient, two moments of Adam."""
     return 4 * 4 * sum(p.numel() for p in model.parameters())
+
+
+def rank_bytes(parallel, model, n_ranks):
+    """What one of n ranks has of training_bytes().
+
+    value   by zero2 1/n of the moments, by fsdp of the others too, where beside that the largest block and
+            what is no block are there whole, as weights and as gradients
+    """
+    state, others = training_bytes(model), 1 - 1 / n_ranks
+    if parallel == "zero2":
+        return state - state / 2 * others
+    if parallel == "fsdp":
+        blocks = [training_bytes(block) for block in model.blocks]
+        return state - (state - (max(blocks) + state - sum(blocks)) / 2) * others
+    return state
 
 
 def flops_per_token(model):

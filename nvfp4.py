@@ -1,15 +1,12 @@
-"""Training in four bits: the number formats, and the linear layer that computes in them.
+"""Training in four bits: NVFP4, and the linear layer that computes in it.
 
-    1  The lesson          plain PyTorch, complete: formats, rounding, rotation, the three GEMMs of a linear
-                           layer, recipes, the layer. Whoever stops at its end has understood everything and
-                           could train.
-    2  The same on a GPU   Triton kernels that quantize and multiply, the same bit for bit; what a chip can do
-    3  The machinery       what torch.compile, CUDA graphs and checkpointing ask for. It ends by putting
-                           functions of the lesson, under their own names, through the compiler or the kernels
+    1  The lesson          plain PyTorch, complete: rounding, scales, random bits, rotation, quantize, matmul,
+                           the three GEMMs of a linear layer, recipes, the layer. You can stop after it.
+    2  The same, fast      one pass over memory on a CPU; Triton kernels and FP4 units on a GPU, bit for bit
 
 The lesson in one page
 ----------------------
-A 4-bit float (E2M1: one sign bit, two exponent bits, one mantissa bit) has sixteen codes, which stand for
+A 4-bit float (E2M1: one sign bit, two exponent bits, one mantissa bit) has sixteen codes. They stand for
 
     +-{0, 0.5, 1, 1.5, 2, 3, 4, 6},
 
@@ -52,27 +49,25 @@ is given the transpose.
 
 A product multiplies codes and adds them up. code * scale has at most six significant bits, so it is exact in
 bf16: a bf16 GEMM on code * scale, times the two tensor scales at the end, *is* the FP4 GEMM up to the order
-of accumulation. That sentence is how this file trains in FP4 on machines without FP4 units; what it measures
-is the arithmetic of FP4, not its speed.
+of accumulation. That sentence is how this file trains in FP4 on machines without FP4 units. It measures the
+arithmetic of FP4 there, not its speed.
 
 Training a linear layer takes three GEMMs, fprop, dgrad and wgrad. Each of its three matrices, x, w and dy,
 takes part in two of them, once along its rows and once along its columns. Which rounding, block, rotation and
 tensor scale each of these six operands gets is a recipe (see RECIPES): plain data.
 
-A mixture of experts has such a layer for each expert, and each token meets but a few. Their tokens are sorted
-by expert and quantized as one matrix; only the products are made expert by expert.
-
 In quantize() and matmul() K is the axis that is summed. In the layer M counts tokens, K input channels and N
-output channels. Sources: arXiv 2509.25149 (the format and NVIDIA's recipe), 2605.06067 (nGPT's recipe).
+output channels. Sources: arXiv 2509.25149 (the format and NVIDIA's recipe), 2605.06067 (nGPT's recipe). What
+other papers do otherwise stands in papers.py.
 
     convert(model, RECIPES["nvfp4"])                # its linear layers, in place
     for step in range(n):
-        set_step(model, seed, step)                 # or stochastic rounding would repeat its random bits
+        set_step(model, seed, step)                 # new random bits, and the weights are quantized anew
         model(x).backward()                         # loss, optimizer and all else as ever
 
-    python nvfp4.py             formats, their errors, recipes, and what runs on this machine
-    python nvfp4.py --json      the same for machines
+    python nvfp4.py             the format, its errors, recipes, and what runs on this machine
     python nvfp4.py 0.1 -2.5 3  these numbers through the format, step by step
+    python nvfp4.py --json      the first of these for machines; python papers.py: with other papers' formats
 """
 import contextlib
 import fnmatch
@@ -90,9 +85,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 try:
     import triton
@@ -130,81 +124,20 @@ def e2m1(a, random=None):
     return value, code
 
 
-# ---------------------------------------------------------------- formats: codes, and scales of blocks
+def e2m1_value(code):
+    """What codes 0..7, fp32, stand for: the grid is the largest of three straight lines."""
+    return torch.maximum(torch.maximum(0.5 * code, code - 2), 2 * code - 8)
+
+
+# ---------------------------------------------------------------- NVFP4: scales of tensors and of blocks
 
 E4M3_MAX = 448.0                                    # the largest float8_e4m3fn
 FLT_MAX = torch.finfo(torch.float32).max
 
 
-@dataclass(frozen=True)
-class Format:
-    """A 4-bit format as data: E2M1 codes, and how a block finds the scale of its codes.
-
-    scales  function of (blocks, s_enc, target), with blocks (M/h, h, K/block, block) and h = 1, or h = block
-            where they are square: for each block the scale (M/h, 1, K/block, 1) that brings s_enc times its
-            largest magnitude to target; fp32, but exact in scale_dtype; NaN for a block with NaN or Inf.
-            It is compiled: no branches on values in it
-    """
-    name: str
-    block: int                                      # values in a row that share a scale
-    scale_dtype: torch.dtype
-    scales: Callable
-    top: float | None                               # largest block scale of a tensor; None: no tensor scale
-    unbiased: float | None                          # a target below 6, see target(); None: none would do
-    kernels: bool = False                           # has kernels in part 2; its definition runs otherwise
-    by_row: bool = False                            # each row has a tensor scale: s_enc and s_dec are (M, 1)
-    lands: float = E2M1_MAX                         # the target; above 6 the largest magnitudes are cut off
-    correct: Callable | None = None                 # what scales become once codes are known: eden_scales()
-
-    @property
-    def bits(self):
-        """Bits a value takes, scales included, but those of a tensor or row."""
-        return 4 + 8 * self.scale_dtype.itemsize / self.block
-
-    @property
-    def squares(self):
-        """Whether its blocks may be square."""
-        return not self.by_row and self.correct is None
-
-    def shape_of(self, square):
-        """(rows, columns) of a block."""
-        if square and not self.squares:
-            raise ValueError(f"square: {self.name} has no square blocks; set fp4_square_weights=False")
-        return (self.block if square else 1), self.block
-
-    def target(self, unbiased):
-        """Where a block's largest magnitude is to land: on 6. A scale that is rounded down takes it beyond,
-        where it is cut off; stochastic rounding is then too small on average. unbiased aims lower."""
-        if unbiased and self.unbiased is None:
-            raise ValueError(f"unbiased=True: {self.name} saturates at any target; leave it out")
-        return self.unbiased if unbiased else self.lands
-
-
-def encode_scale(scale, s_dec):
-    """What x is multiplied by to be in units of its code: 1 / (scale * s_dec), where the scale is 0 too."""
-    s_dec = s_dec[..., None] if s_dec.dim() else s_dec                          # of rows: (M, 1, 1)
-    return torch.clamp((scale * s_dec).reciprocal(), max=FLT_MAX)
-
-
-def block_amax(blocks):
-    """Largest magnitude of each block, fp32: (M/h, h, K/block, block) -> (M/h, 1, K/block, 1)."""
-    return blocks.float().abs().amax((1, 3), keepdim=True)
-
-
-def e4m3_scales(blocks, s_enc, target):
-    """NVFP4's: e4m3(min(amax_b * (s_enc * (1 / target)), 448)).
-
-    error   relative 1/16 at most (E4M3 has 3 mantissa bits) for scales from 2^-6, its smallest normal number
-    source  2509.25149 appendix B; order of rounding as in TransformerEngine
-    """
-    amax_b = block_amax(blocks)
-    scale = torch.clamp(amax_b * (s_enc * (1 / target)), max=E4M3_MAX)
-    return torch.where(amax_b < math.inf, scale, math.nan).to(torch.float8_e4m3fn).float()
-
-
-def tensor_scales(amax, top, target=E2M1_MAX):
+def tensor_scales(amax, top=E4M3_MAX, target=E2M1_MAX):
     """The tensor's encode and decode scale, fp32: its largest block is to have scale top and largest code
-    target. Those of rows, where amax is (M, 1).
+    target.
 
     value   s_enc = top * target / amax, at most FLT_MAX, 1 for an all-zero tensor; s_dec = 1 / s_enc; without
             a top both are 1
@@ -219,135 +152,76 @@ def tensor_scales(amax, top, target=E2M1_MAX):
     return s_enc, s_enc.reciprocal()
 
 
-def find_scales(blocks, amax, scales, top, target):
-    """The block scales (M/h, 1, K/block, 1) and s_dec (), from a Format's scales and top and amax () fp32."""
-    s_enc, s_dec = tensor_scales(amax, top, target)
-    return scales(blocks, s_enc, target), s_dec
+def block_amax(blocks):
+    """Largest magnitude of each block, fp32. Of blocks with four axes, a block is what lies along the second
+    and the last, which stay, with length 1."""
+    return blocks.float().abs().amax((1, 3), keepdim=True)
 
 
-def round_blocks(blocks, scale, s_dec, random, decode, correct):
-    """Divide blocks (M, K/block, block) by their scales (M, K/block, 1) and round to the grid.
+def e4m3_scales(blocks, s_enc, target):
+    """The scale of each block: e4m3(min(amax_b * (s_enc * (1 / target)), 448)), as fp32.
 
-    returns codes uint8, 0..15, or, for a dtype in decode, code * scale in it; and the scales, which a format
-            may correct. Then these are what is random
-    """
-    x, random = blocks.float(), unpack_bytes(random)
-    a = x.abs() * encode_scale(scale, s_dec)
-    value, code = e2m1(a, random if correct is None else None)
-    if correct is not None:
-        scale = correct(a, value, scale, random)
-    negative = x.view(torch.int32) < 0                                          # the sign bit, of -0.0 too
-    if decode is None:
-        return torch.where(negative, code + 8, code).to(torch.uint8), scale
-    value = value * scale
-    return torch.where(negative, -value, value).to(decode), scale
-
-
-# ---------------------------------------------------------------- other formats, as other papers have them
-
-def e8m0_scales(blocks, s_enc, target):
-    """MXFP4's, a power of two: the smallest that brings the block to target or below. Nothing saturates.
-
-    source  2509.25149 appendix B
+    error   relative 1/16 at most (E4M3 has 3 mantissa bits) for scales from 2^-6, its smallest normal number
+    source  2509.25149 appendix B; order of rounding as in TransformerEngine
     """
     amax_b = block_amax(blocks)
-    mantissa, exponent = torch.frexp(amax_b.clamp(min=2.0**-126))               # 0.5 <= mantissa < 1
-    return power_of_two(exponent - 3 + (mantissa > target / 8), amax_b)
+    scale = torch.clamp(amax_b * (s_enc * (1 / target)), max=E4M3_MAX)
+    return torch.where(amax_b < math.inf, scale, math.nan).to(torch.float8_e4m3fn).float()
 
 
-def e8m0_floor_scales(blocks, s_enc, target):
-    """The same by the OCP specification of 2023: 2^(floor(log2(amax_b)) - 2). The block's largest magnitude
-    lands in [4, 8), and saturates beyond 6."""
-    amax_b = block_amax(blocks)
-    _, exponent = torch.frexp(amax_b.clamp(min=2.0**-126))
-    return power_of_two(exponent - 3, amax_b)
-
-
-def power_of_two(exponent, amax_b):
-    """E8M0's numbers: exponents from -127 to 127, and NaN."""
-    scale = torch.ldexp(torch.ones_like(amax_b), exponent.clamp(-127, 127))
-    return torch.where(amax_b < math.inf, scale, math.nan)
-
-
-def four_or_six(blocks, s_enc, target, error):
-    """Four over six: NVFP4's scale, or the one that brings the largest magnitude to 4 instead of 6, whichever
-    leaves the smaller error; 6 where both are alike. Near 6 the grid is coarse, with nothing between 4 and 6;
-    near 4 it is finer. The choice is made to nearest, also for an operand that is rounded stochastically.
-
-    error   function of value - |x|, float64: a number for each block. In float64 the order in which it adds
-            up decides nothing
-    source  2512.02010. On unit Gaussians in 1x16 blocks 45 % choose 4, in 16x16 blocks 3 %: nothing is gained
-    """
-    magnitude, s_dec = blocks.float().abs(), s_enc.reciprocal()
-
-    def left(scale):
-        value, _ = e2m1(magnitude * encode_scale(scale, s_dec))
-        return error(value.double() * scale * s_dec - magnitude)
-    six = e4m3_scales(blocks, s_enc, target)
-    four = e4m3_scales(blocks, s_enc, target * 4 / 6)
-    return torch.where(left(four) < left(six), four, six)
-
-
-def four_six_scales(blocks, s_enc, target):
-    """By the mean square error of a block, the paper's choice."""
-    return four_or_six(blocks, s_enc, target, lambda d: d.square().sum((1, 3), keepdim=True))
-
-
-def four_six_mae_scales(blocks, s_enc, target):
-    """By its mean absolute error."""
-    return four_or_six(blocks, s_enc, target, lambda d: d.abs().sum((1, 3), keepdim=True))
-
-
-def four_six_max_scales(blocks, s_enc, target):
-    """By its largest error."""
-    return four_or_six(blocks, s_enc, target, lambda d: d.abs().amax((1, 3), keepdim=True))
-
-
-def eden_scales(a, value, scale, random):
-    """MS-EDEN: codes are rounded to nearest, and what that takes from a block's length the scale gives back,
-    rounded stochastically. Over rotations drawn at random the average is then x, with the small error of
-    rounding to nearest.
-
-    a, value, scale     (M, K/block, block) twice, and (M, K/block, 1): |x| in units of the scale, and rounded
-    random              bytes for each element, of which two a block are used, or None: to nearest
-    returns             scale * S in E4M3, as fp32, with S = <a, a> / <a, value>. Added up in float64, so that
-                        the order decides nothing
-    source  2601.22813, with a correction for each block as in its algorithm 1 (its code has one for each run)
-    """
-    a, value = a.double(), value.double()
-    S = a.square().sum(-1, keepdim=True) / (a * value).sum(-1, keepdim=True)
-    wanted = torch.where(scale > 0, scale * S, scale).float()                   # NaN stays too
-    if random is None:
-        return torch.clamp(wanted, max=E4M3_MAX).to(torch.float8_e4m3fn).float()
-    _, exponent = torch.frexp(wanted.clamp(min=2.0**-6))
-    step = torch.ldexp(torch.ones_like(wanted), exponent - 4)                   # E4M3's: 8 to 15 of it
-    random = random[..., :1].float() * 256 + random[..., 1:2]
-    steps = torch.floor((torch.floor(wanted / step * 65536) + random) * (1 / 65536))
-    return torch.clamp(steps * step, max=E4M3_MAX)
-
-
-def no_scales(blocks, s_enc, target):
-    """1: the scale of a row is all."""
-    return torch.where(block_amax(blocks) < math.inf, 1.0, math.nan)
+def encode_scale(scale, s_dec):
+    """What x is multiplied by to be in units of its code: 1 / (scale * s_dec), where the scale is 0 too."""
+    return torch.clamp((scale * s_dec).reciprocal(), max=FLT_MAX)
 
 
 UNBIASED = E2M1_MAX * 16 / 17                       # rounding a scale to E4M3 can enlarge x / scale by 17/16
 
-FORMATS = {f.name: f for f in (
-    # 2509.25149; its unbiased target 2601.22813
-    Format("nvfp4", 16, torch.float8_e4m3fn, e4m3_scales, top=E4M3_MAX, unbiased=UNBIASED, kernels=True),
-    # 2512.02010: a block that chooses 4 has a scale of up to 3/2 times 256, which E4M3 holds
-    Format("nvfp4_46", 16, torch.float8_e4m3fn, four_six_scales, top=256.0, unbiased=UNBIASED),
-    Format("nvfp4_46_mae", 16, torch.float8_e4m3fn, four_six_mae_scales, top=256.0, unbiased=UNBIASED),
-    Format("nvfp4_46_max", 16, torch.float8_e4m3fn, four_six_max_scales, top=256.0, unbiased=UNBIASED),
-    # 2601.22813: the target with the least error for rounding to nearest with a corrected scale
-    Format("ms_eden", 16, torch.float8_e4m3fn, e4m3_scales, top=256.0, unbiased=UNBIASED / 0.93,
-           lands=UNBIASED / 0.93, correct=eden_scales),
-    Format("mxfp4", 32, torch.float8_e8m0fnu, e8m0_scales, top=None, unbiased=E2M1_MAX),
-    Format("mxfp4_floor", 32, torch.float8_e8m0fnu, e8m0_floor_scales, top=None, unbiased=None),
-    # 2501.17116: an fp32 scale for each token and each output channel. Its codes are kept in blocks too.
-    Format("e2m1_vector", 16, torch.float8_e8m0fnu, no_scales, top=1.0, unbiased=E2M1_MAX, by_row=True),
-)}
+
+@dataclass(frozen=True)
+class Format:
+    """A 4-bit format: its grid, its blocks and how they find their scales. What is not given is NVFP4's. All
+    functions are compiled: they have no branches on values. Nothing outside of a Format knows its grid."""
+    name: str
+    block: int = 16                                 # values in a row that share a scale
+    # the grid
+    round: Callable = e2m1                          # magnitudes, random bytes -> values, codes 0..7
+    value_of: Callable = e2m1_value                 # codes -> values
+    # scales
+    top: float | None = E4M3_MAX                    # largest block scale of a tensor; None: no tensor scale
+    target: float = E2M1_MAX                        # where the largest magnitude of a block lands
+    target_unbiased: float | None = UNBIASED        # a lower one, from which nothing saturates; None: none
+    scales: Callable = e4m3_scales                  # blocks, s_enc, target -> scale
+    encode_scale: Callable = encode_scale           # scale, s_dec -> what x is multiplied by
+    correct: Callable | None = None                 # what becomes of scales once codes are known (papers.py)
+    # how they are kept
+    scale_dtype: torch.dtype = torch.float8_e4m3fn
+    pack_scale: Callable | None = None              # scale of blocks -> one number of scale_dtype ...
+    unpack_scale: Callable | None = None            # ... and back; None: the scale is exact in scale_dtype
+    squares: bool = True                            # whether blocks may be square
+    by_row: bool = False                            # each row has a tensor scale: s_dec is (M, 1)
+    reads_as_nvfp4: bool = False                    # FP4 units and inference engines take codes and scales
+    kernels: bool = False                           # part 2 has kernels that quantize
+
+    @property
+    def bits(self):
+        """Bits a value takes, scales included, but those of a tensor or row."""
+        return 4 + 8 * self.scale_dtype.itemsize / self.block
+
+    def shape_of(self, square):
+        """(rows, columns) of a block."""
+        if square and not self.squares:
+            raise ValueError(f"square: {self.name} has no square blocks; set fp4_square_weights=False")
+        return (self.block if square else 1), self.block
+
+    def target_of(self, unbiased):
+        """Where a block's largest magnitude is to land. A scale that is rounded down takes it beyond, where
+        it is cut off, and stochastic rounding is then too small on average: unbiased aims lower."""
+        if unbiased and self.target_unbiased is None:
+            raise ValueError(f"unbiased=True: {self.name} saturates at any target; leave it out")
+        return self.target_unbiased if unbiased else self.target
+
+
+FORMATS = {"nvfp4": Format("nvfp4", reads_as_nvfp4=True, kernels=True)}         # papers.py has more
 
 
 # ---------------------------------------------------------------- randomness: Philox4x32-10
@@ -384,32 +258,22 @@ def stream_key(seed, step, micro_batch, layer, operand):
 
 def as_key(seed, device):
     """A 64-bit integer, or the (2,) int64 tensor of its two words, as that tensor."""
-    if torch.is_tensor(seed):
-        return seed
-    refuse_capture(device, "an integer seed", "give as_key(seed, device), made before")         # part 3
-    return torch.tensor([seed & MASK32, (seed >> 32) & MASK32], device=device)
+    return seed if torch.is_tensor(seed) else torch.tensor([seed & MASK32, (seed >> 32) & MASK32],
+                                                           device=device)
 
 
-def philox_at(key, index):
-    """The four words of philox() at every counter in index, int64 of any shape."""
+def random_bytes(key, M, K, turned=False):
+    """A number 0..255 for every element of a matrix (M, K): (M, K/16, 16), or (K/16, 16, M) of one that lies
+    turned in memory. The counter of 16 neighbours in a row is their position in the matrix, so no byte serves
+    two elements."""
+    n, axis = K // PHILOX_BYTES, 1 if turned else 2
+    index = torch.arange(M * n, device=key.device).view(M, n)
+    index = index.t() if turned else index
     zero = torch.zeros_like(index)
-    return philox(index & MASK32, index >> 32, zero, zero, key[0], key[1])
-
-
-def random_words(key, M, n):
-    """Philox at the counters 0, 1, 2, ... of a matrix (M, n): 16 bytes each, as two int64, (M, n, 2)."""
-    w = philox_at(key, torch.arange(M * n, device=key.device).view(M, n))
-    return torch.stack([w[0] | w[1] << 32, w[2] | w[3] << 32], -1)
-
-
-def random_bytes(key, x):
-    """A uint8 for every element of x (M, K): (M, K/16, 16). The counter of 16 neighbours in a row is their
-    position in the matrix, so no byte serves two elements. Of a transposed x they come four to an int32,
-    (M, K/16, 4), for speed; round_blocks() takes either."""
-    M, n = x.shape[0], x.shape[1] // PHILOX_BYTES
-    if lies_transposed(x):
-        return words_turned(key, M, n)
-    return random_words(key, M, n).view(torch.uint8)                            # little-endian: w[0] first
+    words = philox(index & MASK32, index >> 32, zero, zero, key[0], key[1])     # four, of four bytes each
+    words = torch.stack([word.to(torch.int32) for word in words], axis).unsqueeze(axis + 1)
+    shifts = torch.arange(0, 32, 8, device=key.device, dtype=torch.int32)       # the lowest byte first
+    return (words >> (shifts[:, None] if turned else shifts) & 255).flatten(axis, axis + 1)
 
 
 # ---------------------------------------------------------------- the random Hadamard transform
@@ -428,17 +292,26 @@ def hadamard(x, signs=SIGNS):
     source  2509.25149 section 4.2
     """
     signs = torch.as_tensor(signs, dtype=torch.float32, device=x.device)
-    return rotate(x.unflatten(1, (-1, len(signs))), signs).flatten(1)
+    (M, K), n = x.shape, len(signs)
+    turn = fused(rotate, x.device) if n <= 32 else rotate                       # 128 take minutes to compile
+    if is_turned(x):                                # nothing is copied to turn it
+        return turn(x.t().reshape(K // n, n, M), signs, 1).view(K, M).t()
+    return turn(x.reshape(M, K // n, n), signs, 2).view(M, K)
 
 
-def rotate(runs, signs):
-    """hadamard() of runs (M, K/n, n)."""
-    v = [element.float() * signs[j] for j, element in enumerate(runs.unbind(-1))]
+def rotate(runs, signs, axis):
+    """hadamard() of runs along an axis, of the size of signs."""
+    v = [element.float() * signs[j] for j, element in enumerate(runs.unbind(axis))]
     distance = 1
     while distance < len(v):
         v = [v[j - distance] - v[j] if j & distance else v[j] + v[j + distance] for j in range(len(v))]
         distance *= 2
-    return stack_last([w * len(v) ** -0.5 for w in v], runs).to(runs.dtype)
+    return torch.stack([w * len(v) ** -0.5 for w in v], axis).to(runs.dtype)
+
+
+def is_turned(x):
+    """Whether x is the transpose of a matrix in memory."""
+    return x.stride(0) == 1 < x.stride(-1)
 
 
 # ---------------------------------------------------------------- quantize
@@ -446,14 +319,16 @@ def rotate(runs, signs):
 class Quantized(NamedTuple):
     """A quantized matrix (M, K): value = code * scale * s_dec. Blocks can be read off its shapes.
 
-    codes   (M, K/2) uint8, two E2M1 codes a byte, the low nibble is the even column
+    codes   (M, K/2) uint8, two codes a byte, the low nibble is the even column, bit 3 of a code its sign
     scales  (M/h, K/block) in the format's dtype; h = 1, or block for square blocks. Quantized on a GPU with
             FP4 units, as swizzle() orders them; unswizzle() undoes that (part 2)
     s_dec   () fp32; (M, 1) in a format with a scale for each row
+    format  its name in FORMATS
     """
     codes: torch.Tensor
     scales: torch.Tensor
     s_dec: torch.Tensor
+    format: str = "nvfp4"
 
     @property
     def shape(self):
@@ -461,25 +336,30 @@ class Quantized(NamedTuple):
 
     def decode(self, dtype=torch.bfloat16):
         """code * scale, (M, K) in dtype, exact in bf16."""
-        scales = scales_of_lines(unswizzle(self.scales, *self.shape).float(), len(self.codes))
-        return unpack(self.codes, scales, dtype).flatten(1)
+        turned, codes, scale = is_turned(self.codes), self.codes, self.scale_of_values()
+        codes, scale = (codes.t(), scale.permute(1, 2, 0)) if turned else (codes, scale)
+        values = fused(unpack, codes.device)(codes, scale, FORMATS[self.format], dtype, turned)
+        return values.t() if turned else values
+
+    def scale_of_values(self):
+        """Block scales of every line, fp32: (M, K/block, 1), or (M, K/block, block) where values differ."""
+        form, scale = FORMATS[self.format], unswizzle(self.scales, *self.shape)
+        scale = form.unpack_scale(scale) if form.unpack_scale else scale.float()[..., None]
+        return scale.repeat_interleave(len(self.codes) // len(scale), 0)        # of lines of square blocks
 
     def dequantize(self, dtype=torch.float32):
         """code * scale * s_dec, (M, K), rounded once to fp32 and, where asked, once more to dtype."""
         return (self.decode().float() * self.s_dec).to(dtype)
 
 
-def scales_of_lines(scales, n_lines):
-    """Block scales (M/h, K/block) for every one of M = n_lines lines: (M, K/block)."""
-    return scales if len(scales) == n_lines else scales.repeat_interleave(n_lines // len(scales), 0)
-
-
 class Decoded(NamedTuple):
-    """The same matrix with codes and scales multiplied out, for chips without FP4 units: values = code *
-    scale (M, K), exact in bf16; s_dec () or (M, 1) fp32, and as a number where that is known."""
+    """The same matrix with codes and scales multiplied out, for chips without FP4 units.
+
+    values  code * scale (M, K), exact in bf16
+    s_dec   as of Quantized, but on the CPU where amax was given: so no one has to ask the GPU for it
+    """
     values: torch.Tensor
     s_dec: torch.Tensor
-    s_dec_known: float | None = None
 
     @property
     def shape(self):
@@ -489,6 +369,34 @@ class Decoded(NamedTuple):
         return self.values.to(dtype)
 
     dequantize = Quantized.dequantize
+
+
+def round_blocks(blocks, amax, key, form, target, decode, turned):
+    """The arithmetic of quantize(), to be fused into one pass over memory.
+
+    blocks  (M/h, h, K/block, block) of a matrix x (M, K), or (K/block, block, M/h, h) of one that lies turned
+    amax    () fp32, or as many axes as blocks: the magnitude that fixes the tensor scale
+    key     (2,) int64 of stochastic rounding, or None: to nearest
+    returns codes uint8, 0..15, or, decoded in a dtype, code * scale; shaped like blocks. The scale of each
+            block, fp32, and s_dec
+    """
+    x = blocks.float()
+    s_enc, s_dec = tensor_scales(amax, form.top, target)
+    scale = form.scales(x, s_enc, target)
+    a = x.abs() * form.encode_scale(scale, s_dec)
+    random = None
+    if key is not None:
+        lines, summed = (2, 0) if turned else (0, 2)                            # the axes of M and K
+        M, K = (blocks.shape[i] * blocks.shape[i + 1] for i in (lines, summed))
+        random = random_bytes(key, M, K, turned).view(blocks.shape)
+    value, code = form.round(a, None if form.correct else random)
+    if form.correct:
+        scale = form.correct(a, value, scale, random)
+    negative = x.view(torch.int32) < 0                                          # the sign bit, of -0.0 too
+    if decode is None:
+        return torch.where(negative, code + 8, code).to(torch.uint8), scale, s_dec
+    value = value * scale
+    return torch.where(negative, -value, value).to(decode), None, s_dec
 
 
 def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=None, unbiased=False, signs=None,
@@ -510,40 +418,47 @@ def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=Non
     source      2509.25149 appendix B
     raises      ValueError for a shape that does not divide into blocks
     """
-    form = FORMATS[format]
+    form, x = FORMATS[format], x.detach()
     height, width = form.shape_of(square)
+    target = form.target_of(unbiased)
     check_matrix(x, height, width, format)
+    if kernels_run(x.device, form, signs):
+        how = choices(format, square, stochastic, seed, amax, unbiased, signs, decode)
+        both = quantize_both_triton(x.t(), None, how) if is_turned(x) else quantize_both_triton(x, how, None)
+        return both.columns if is_turned(x) else both.rows
     if signs is not None:
         check_size("K", x.shape[1], len(signs), "the run of the rotation")
         x = hadamard(x, signs)
-    blocks, scale, s_dec = blocks_and_scales(x, form, square, amax, unbiased)
-    random = random_bytes(as_key(seed, x.device), x).reshape(*blocks.shape[:2], -1) if stochastic else None
-    rounded, scale = round_blocks(blocks, scale, s_dec, random, decode, form.correct)
-    rounded = rounded.reshape(x.shape)
+    (M, K), turned = x.shape, is_turned(x)
+    amax = largest_magnitude(x, form.by_row) if amax is None and form.top else torch.full(
+        (), float(amax or 1), device=x.device)
+    if amax.dim():                                  # of rows
+        amax = amax.view(1, 1, M, 1) if turned else amax.view(M, 1, 1, 1)
+    cut = (K // width, width, M // height, height) if turned else (M // height, height, K // width, width)
+    codes, scale, s_dec = fused(round_blocks, x.device)(
+        (x.t() if turned else x).reshape(cut), amax, as_key(seed, x.device) if stochastic else None,
+        form, target, decode, turned)
+    codes = codes.view(K, M).t() if turned else codes.view(M, K)
+    s_dec = s_dec.view(M, 1) if s_dec.dim() else s_dec
     if decode is not None:
-        return Decoded(rounded, s_dec)
-    return Quantized(pack(rounded), scale[::height, :, 0].to(form.scale_dtype), s_dec)
+        return Decoded(codes, s_dec)
+    scale = scale.permute(2, 3, 0, 1)[:, 0] if turned else scale[:, 0]          # (M/h, K/block, 1)
+    scale = form.pack_scale(scale) if form.pack_scale else scale[..., 0].to(form.scale_dtype)
+    return Quantized(pack(codes), scale, s_dec, format)
 
 
-def blocks_and_scales(x, form, square=False, amax=None, unbiased=False):
-    """x (M, K) in blocks, (M, K/block, block), the scales of each row's, (M, K/block, 1), and s_dec; the
-    arguments are quantize()'s."""
-    height, width = form.shape_of(square)
-    blocks = x.unflatten(1, (-1, width))
-    amax = tensor_amax(x, amax if form.top else 1.0, form.by_row)
-    scale, s_dec = find_scales(blocks.unflatten(0, (-1, height)), amax, form.scales, form.top,
-                               form.target(unbiased))
-    return blocks, lay_out_like(x, scale.expand(-1, height, -1, -1).flatten(0, 1)), s_dec
+def choices(format="nvfp4", square=False, stochastic=False, seed=0, amax=None, unbiased=False, signs=None,
+            decode=None):
+    """All arguments of quantize() but x, as a dict."""
+    return {"format": format, "square": square, "stochastic": stochastic, "seed": seed, "amax": amax,
+            "unbiased": unbiased, "signs": signs, "decode": decode}
 
 
-def tensor_amax(x, amax=None, by_row=False):
-    """The number that fixes the tensor scale, () fp32 on x's device: given, or the largest magnitude; by_row
-    that of each row, (M, 1)."""
-    if amax is not None:
-        return torch.full((), float(amax), device=x.device)
+def largest_magnitude(x, by_row=False):
+    """() fp32; by_row: that of each row, (M, 1)."""
     if by_row:
         return x.abs().amax(1, keepdim=True).float()
-    low, high = torch.aminmax(x.t() if lies_transposed(x) else x)               # as it lies in memory
+    low, high = torch.aminmax(x.t() if is_turned(x) else x)                     # as it lies in memory
     return torch.maximum(-low, high).float()
 
 
@@ -552,15 +467,16 @@ def pack(codes):
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
-def unpack(codes, scales, dtype):
-    """The reverse, times scales (M, K/block) fp32: code * scale (M, K/block, block) in dtype."""
-    values, codes = [], codes.int()                 # bytes would not be vectorized
+def unpack(codes, scale, form, dtype, turned):
+    """The reverse, times the scales: code * scale (M, K) in dtype of codes (M, K/2) and scale (M, K/block, 1)
+    fp32; of a matrix that lies turned (K, M), (K/2, M) and (K/block, 1, M)."""
+    axis, codes = 0 if turned else 1, codes.int()   # bytes would not be vectorized
+    values = []
     for nibble in (codes & 15, codes >> 4):
-        code = (nibble & 7).float()                 # the grid is the largest of three straight lines
-        value = torch.maximum(torch.maximum(0.5 * code, code - 2), 2 * code - 8)
+        value = form.value_of((nibble & 7).float())
         values.append(torch.where(nibble > 7, -value, value))
-    values = stack_last(values, codes).flatten(1)   # (M, K)
-    return (values.unflatten(1, (scales.shape[1], -1)) * scales[:, :, None]).to(dtype)
+    values = torch.stack(values, axis + 1).flatten(axis, axis + 1)
+    return (values.unflatten(axis, (scale.shape[axis], -1)) * scale).flatten(axis, axis + 1).to(dtype)
 
 
 def check_matrix(x, height, width, format):
@@ -592,12 +508,25 @@ def quantize_both(x, rows=None, columns=None):
     rows, columns   keyword arguments of quantize(), or None: that GEMM takes x as it is
     returns         Both: of x and of x^T, filled up with zeros, which add nothing to a sum
     """
-    x_t = (x if columns is None else fill_up(x, 0, -len(x) % whole(columns))).t()
-    return Both(x if rows is None else quantize(x, **rows),
-                x_t if columns is None else quantize(x_t, **columns))
+    rows, columns = (how and choices(**how) for how in (rows, columns))
+    if turned_over(rows, columns):                  # a weight is quantized once
+        q = quantize(x, **rows)
+        return Both(q, q._replace(values=q.values.t()))
+    wanted = [how for how in (rows, columns) if how]
+    if wanted and all(kernels_run(x.device, FORMATS[how["format"]], how["signs"]) for how in wanted):
+        return quantize_both_triton(x.detach(), rows, columns)
+    x_t = (fill_up(x, rows=-len(x) % whole(columns)) if columns else x).t()
+    return Both(quantize(x, **rows) if rows else x, quantize(x_t, **columns) if columns else x_t)
 
 
-def fill_up(x, columns, rows=0):
+def turned_over(rows, columns):
+    """Whether columns will be the rows turned over, which holds for square blocks, to nearest."""
+    if not (rows and columns and rows["square"] and rows["decode"]) or rows["stochastic"]:
+        return False
+    return rows["signs"] is None and {**rows, "seed": None} == {**columns, "seed": None}
+
+
+def fill_up(x, columns=0, rows=0):
     """x with so many columns and rows of zeros more, which add nothing to a sum."""
     return F.pad(x, (0, columns, 0, rows)) if columns or rows else x
 
@@ -607,6 +536,8 @@ def whole(how):
     return max(FORMATS[how["format"]].block, 1 if how["signs"] is None else len(how["signs"]))
 
 
+# ---------------------------------------------------------------- matmul
+
 def matmul(a, b, dtype=torch.float32, ends=None):
     """a (M, K) @ b (N, K)^T -> (M, N) in dtype; both quantized, or both in high precision.
 
@@ -615,17 +546,30 @@ def matmul(a, b, dtype=torch.float32, ends=None):
     """
     if torch.is_tensor(a):
         return grouped(F.linear, a, b.to(a.dtype), ends).to(dtype)              # w may be an fp32 master
-    y = grouped(F.linear, a.decode(torch.float32), b.decode(torch.float32), ends)   # part 2 has faster ways
-    return (y * scale_of_product(a.s_dec, b.s_dec, ends)).to(dtype)
+    way = native_way(a, b) if ends is None else None                            # FP4 units, where there are
+    if way is not None:
+        return way.matmul(*a[:3], *b[:3], dtype)
+    exact = gemm_dtype(a[0].device, dtype)
+    left, right = a.decode(exact), b.decode(exact)
+    if a.s_dec.dim() or b.s_dec.dim():              # a scale for each row: for each element of the result
+        y = grouped(lambda a, b: gemm(a, b, None, torch.float32), left, right, ends)
+        return (y * scales_of_product(a.s_dec, b.s_dec, ends)).to(dtype)
+    alpha = a.s_dec * b.s_dec
+    if ends is not None and left.is_cuda and dtype == torch.bfloat16 and right.dim() == 3:
+        return scale_result(grouped(F.linear, left, right, ends), alpha, dtype)
+    return grouped(lambda a, b: gemm(a, b, alpha, dtype), left, right, ends)
 
 
-def scale_of_product(a, b, ends):
-    """What the product of two quantized matrices is multiplied by: () or, with scales of rows, a number for
-    each of its elements. a: s_dec () or (M, 1); b: () or (N, 1), of experts' weights (E, N, 1)."""
+def scales_of_product(a, b, ends):
+    """What each element of a product is multiplied by, of the s_dec of its operands: a () or (M, 1), b () or
+    (N, 1), of experts' weights (E, N, 1)."""
     if b.dim() < 3:
         return a * b.t()
-    a = a if a.dim() else a.expand(int(ends[-1]), 1)
-    return grouped(lambda s, t: s * t.mT, a, b, ends)
+    return grouped(lambda a, b: a * b.mT, a if a.dim() else a.expand(int(ends[-1]), 1), b, ends)
+
+
+EXPERT_TOKENS = 32                                  # an expert's tokens begin at a multiple of it: no block
+                                                    # is to have tokens of two
 
 
 def grouped(product, a, b, ends):
@@ -636,217 +580,26 @@ def grouped(product, a, b, ends):
     """
     if ends is None:
         return product(a, b)
+    if product is F.linear and a.is_cuda and a.dtype == torch.bfloat16:         # torch has one GEMM for all
+        y = F.grouped_mm(a, b.mT, offs=ends)
+        if b.dim() == 3:
+            return y
+        some = ends.diff(prepend=ends.new_zeros(1)) > 0
+        return torch.where(some[:, None, None], y, 0)                           # a sum over no tokens
     spans = list(itertools.pairwise([0, *ends.tolist()]))
     if b.dim() == 3:
         return torch.cat([product(a[i:j], b_e) for b_e, (i, j) in zip(b, spans, strict=True)])
     return torch.stack([product(a[:, i:j], b[:, i:j]) for i, j in spans])
 
 
-# ---------------------------------------------------------------- recipes
+# ---------------------------------------------------------------- the three GEMMs of a linear layer
+# x (M, K) of M tokens, w (N, K) and dy (M, N) come as Both: quantized along rows and along columns. In a
+# mixture of E experts each token meets but a few. Tokens are sorted by expert and quantized as one matrix, w
+# as (E N, K); only the products are made expert by expert, whose tokens end at ends.
 
 GEMMS = ("fprop", "dgrad", "wgrad")
 OPERANDS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
 
-
-@dataclass(frozen=True)
-class FP4Config:
-    format: str = "nvfp4"                           # number format, a key of FORMATS
-    backward_format: str | None = None              # of dy, and of wgrad's x; None: format
-    gemms: tuple[str, ...] = GEMMS                  # which GEMMs of a layer run in FP4: fprop,dgrad,wgrad
-    stochastic: tuple[str, ...] = ("dgrad.dy", "wgrad.dy")  # operands rounded stochastically
-    unbiased: bool = False                          # stochastic operands leave room for rounding the scale
-    hadamard: tuple[str, ...] = ()                  # GEMMs whose operands are rotated along the summed axis
-    hadamard_size: int = 16                         # of the rotation: runs of 16, 32 or 128
-    signs: str = "fixed"                            # of the rotation: fixed, none (all +1), fresh (each step)
-    square_weights: bool = True                     # square blocks: one quantized weight for fprop and dgrad
-    reuse_codes: bool = False                       # dgrad's w and wgrad's x are what fprop's codes stand for
-    dge_k: float | None = None                      # gradient estimator of weights: exponent, 5; None: off
-    dge_clip: float = 3.0                           # its largest slope
-    occ: float | None = None                        # clamp a token's outliers: quantile, 0.99; None: off
-    occ_compensate: bool = True                     # and add their product in high precision
-    input_amax: float | None = None                 # fixed tensor scale of activations; None: measured
-    weight_amax: float | None = None                # the same for weights
-    grad_amax: float | None = None                  # the same for output gradients
-    e5m2: tuple[str, ...] = ()                      # GEMMs that take the output gradient in FP8: dgrad,wgrad
-    until: float | None = None                      # part of training after which GEMMs leave FP4; None: none
-    switched: tuple[str, ...] = GEMMS               # the GEMMs that do
-    head_blocks: int = 0                            # first blocks of the model kept in high precision
-    tail: float = 0.0                               # last fraction of its blocks kept in high precision
-    skip: tuple[str, ...] = ("head", "*router*")    # names of linear layers kept in high precision, as globs
-
-    def __post_init__(self):
-        for name, allowed in (("gemms", GEMMS), ("stochastic", OPERANDS), ("hadamard", GEMMS),
-                              ("switched", GEMMS), ("e5m2", GEMMS[1:]),
-                              ("format", FORMATS), ("backward_format", (None, *FORMATS)),
-                              ("hadamard_size", (16, 32, 128)), ("signs", ("fixed", "none", "fresh"))):
-            value = getattr(self, name)
-            for word in value if isinstance(value, tuple) else (value,):
-                if word not in allowed:
-                    raise ValueError(f"fp4_{name}={word} must be of {', '.join(map(str, allowed))}")
-        for name in ("input_amax", "weight_amax", "grad_amax"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"fp4_{name}={value} must be a positive number, or None to measure it")
-        for gemm_name in set(self.e5m2) & set(self.gemms):
-            raise ValueError(f"fp4_e5m2={gemm_name} must not be in FP4; take it out of fp4_gemms")
-        if self.until is not None and not 0 <= self.until < 1:
-            raise ValueError(f"fp4_until={self.until} must be in [0, 1), or None for never")
-        if not 0 <= self.tail <= 1:
-            raise ValueError(f"fp4_tail={self.tail} must be in [0, 1]")
-        if self.head_blocks < 0:
-            raise ValueError(f"fp4_head_blocks={self.head_blocks} must be >= 0")
-        if self.dge_k is not None and not self.dge_k >= 1 or not self.dge_clip > 0:
-            raise ValueError(f"fp4_dge_k={self.dge_k} must be 1 or more, and fp4_dge_clip={self.dge_clip} "
-                             "positive")
-        if self.occ is not None and not 0.5 < self.occ <= 1:
-            raise ValueError(f"fp4_occ={self.occ} must be a quantile in (0.5, 1]")
-        FORMATS[self.format].shape_of(self.square_weights)
-        for format in self.formats:
-            FORMATS[format].target(self.unbiased)
-
-    @property
-    def clamps(self):
-        """Whether OCC is on, which goes with a quantized activation."""
-        return self.occ is not None and "fprop" in self.gemms
-
-    @property
-    def estimates(self):
-        """Whether DGE is on, which goes with a quantized weight."""
-        return self.dge_k is not None and "fprop" in self.gemms
-
-    @property
-    def formats(self):
-        """The names of the forward's and the backward's."""
-        return self.format, self.backward_format or self.format
-
-    @property
-    def whole_channels(self):
-        """What a layer's N is filled up to a multiple of: blocks and, where dgrad is rotated, its runs."""
-        blocks = [FORMATS[format].block for format in self.formats]
-        return max(*blocks, self.hadamard_size if "dgrad" in self.hadamard else 1)
-
-    def without(self, gemms):
-        """The same recipe with these GEMMs in high precision."""
-        gemms, e5m2 = (tuple(gemm_name for gemm_name in names if gemm_name not in gemms)
-                       for names in (self.gemms, self.e5m2))
-        return replace(self, gemms=gemms, e5m2=e5m2)
-
-    def operand(self, name, keys, signs=None, result=None, experts=False):
-        """What the recipe gives one of OPERANDS: keyword arguments of quantize(), or None where that GEMM
-        stays in high precision.
-
-        keys    (6, 2) int64, layer_keys()
-        signs   (hadamard_size,) of the rotation, where they are at hand
-        result  dtype of the GEMM's result: a chip without FP4 units wants its operands Decoded; None: packed
-                on any chip, as what is kept for the backward
-        experts whether it is a grouped GEMM, which is not done on packed operands here
-        """
-        gemm_name, matrix = name.split(".")
-        if gemm_name not in self.gemms:
-            return None
-        stochastic = name in self.stochastic
-        if gemm_name not in self.hadamard:
-            signs = None
-        elif signs is None or self.signs == "fresh":
-            signs = rotation_signs(self.signs, gemm_name, keys, self.hadamard_size)
-        square = matrix == "w" and self.square_weights
-        forward, backward = self.formats
-        format = forward if gemm_name == "fprop" or square else backward        # square: one weight for both
-        decode = None if result is None else decoded_dtype(keys.device, format, result, experts)
-        return {"format": format, "square": square,
-                "stochastic": stochastic, "seed": keys[OPERANDS.index(name)],
-                "amax": {"x": self.input_amax, "w": self.weight_amax, "dy": self.grad_amax}[matrix],
-                "unbiased": stochastic and self.unbiased, "signs": signs,
-                "decode": decode}
-
-
-def rotation_signs(signs, gemm_name, keys, size=16):
-    """The signs (size,), fp32, of a GEMM's rotation, which are the same for both its operands. Fixed ones of
-    another size than SIGNS are drawn too, with the key 0."""
-    if signs == "none":
-        return torch.ones(size, device=keys.device)
-    if signs == "fixed" and size == len(SIGNS):
-        return torch.tensor(SIGNS, dtype=torch.float32, device=keys.device)
-    key = torch.zeros_like(keys[0])
-    if signs == "fresh":                            # the key of w, for a whole step, or of dy
-        key = keys[OPERANDS.index("wgrad.dy" if gemm_name == "wgrad" else f"{gemm_name}.w")]
-    words = torch.stack(philox(0, 0, 1, 0, key[0], key[1]))     # random_bytes() never has a 1 there
-    bits = words[:, None] >> torch.arange(32, device=keys.device) & 1
-    return 1.0 - 2.0 * bits.flatten()[:size]
-
-
-RECIPES = {
-    "bf16": FP4Config(gemms=()),
-    # Both of the next keep the defaults: square weights, and stochastic rounding of gradients alone.
-    # 2605.06067 table 2: no rotation, no tensor scale. nGPT keeps rows of weights and inputs at norm 1, so
-    # that no element exceeds 1; gradients have no such bound and keep their measured scale, as in the paper's
-    # released scripts.
-    "ngpt": FP4Config(input_amax=1.0, weight_amax=1.0),
-    # 2509.25149 section 4: rotated wgrad operands, the last 15 % of layers in BF16. The measured scale of an
-    # activation looks at all its tokens, so that a token's output depends, in the last bits, on the tokens
-    # after it; the fixed scale of "ngpt" does not.
-    "nvfp4": FP4Config(hadamard=("wgrad",), tail=0.15),
-    # 2512.02010, four over six, in the forward alone. The paper has it for gradients too, where it chooses by
-    # errors of rounding at random; that is biased (2601.22813 section 4.2).
-    "nvfp4_46": FP4Config(format="nvfp4_46", backward_format="nvfp4", hadamard=("wgrad",), tail=0.15),
-    # The same as "nvfp4" in MXFP4, with which 2509.25149 compares, rotated in runs of its block.
-    "mxfp4": FP4Config(format="mxfp4", hadamard=("wgrad",), hadamard_size=32, tail=0.15),
-    # 2501.17116: scales of tokens and output channels, outliers clamped and compensated, dw by DGE. Gradients
-    # stay in BF16, and so do the GEMMs of the backward, which multiply them with the 4-bit values. In the
-    # paper's code they are in FP8, of which its text says nothing: e5m2=("dgrad", "wgrad").
-    "fp4_dge_occ": FP4Config(format="e2m1_vector", gemms=("fprop",), stochastic=(), square_weights=False,
-                             reuse_codes=True, dge_k=5.0, occ=0.99),
-    # 2601.22813: four over six in the forward; in the backward MS-EDEN for all four operands, with a rotation
-    # drawn anew, of x and w as the forward's codes have them. So no square weights and no layers in BF16.
-    "quartet2": FP4Config(format="nvfp4_46", backward_format="ms_eden", square_weights=False,
-                          reuse_codes=True, stochastic=("dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x"),
-                          hadamard=("dgrad", "wgrad"), hadamard_size=128, signs="fresh"),
-    # 2505.19115: no rotation; beside gradients the activation of wgrad is rounded stochastically. The
-    # paper ends with a short phase whose backward is in BF16: until=..., switched=("dgrad", "wgrad").
-    "fp4_all_the_way": FP4Config(square_weights=False, stochastic=("dgrad.dy", "wgrad.dy", "wgrad.x")),
-    # 2510.27527, TetraJet-v2, its aligned backward alone: of x and w as the forward's codes have them, all of
-    # it rounded stochastically, rotated with signs that are drawn anew, as in its code. Missing are scales of
-    # 1x128 blocks in place of the tensor's, OsciReset, which stops weights from swinging between two codes,
-    # and OutControl, a tenth of the activation's channels in MXFP8.
-    "tetrajet2": FP4Config(square_weights=False, reuse_codes=True,
-                           stochastic=("dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x"),
-                           hadamard=("dgrad", "wgrad"), signs="fresh"),
-    # 2605.09825 section 4: nothing is random. All is rounded to nearest, wgrad's operands are rotated without
-    # signs, and no block is kept in BF16.
-    "mxfp4_h16": FP4Config(format="mxfp4", stochastic=(), hadamard=("wgrad",), signs="none"),
-}
-
-
-def recipe_changes(cfg):
-    """{field: value} where a recipe differs from the defaults of FP4Config."""
-    return {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
-
-
-def describe_operand(cfg, name):
-    """What a recipe gives one of OPERANDS, in words; None: high precision."""
-    how = cfg.operand(name, torch.zeros(len(OPERANDS), 2, dtype=torch.int64))
-    of_codes = ["of fprop's codes"] * (cfg.reuse_codes and name in ("dgrad.w", "wgrad.x"))
-    if how is None:
-        if name in [f"{gemm_name}.dy" for gemm_name in cfg.e5m2]:
-            return "FP8 E5M2"
-        return ", ".join(["high precision", *of_codes]) if of_codes else None
-    form = FORMATS[how["format"]]
-    words = of_codes + [form.name] * (form.name != cfg.format)
-    words += ["stochastic" if how["stochastic"] else "nearest",
-              "a row" if form.by_row else "%dx%d" % form.shape_of(how["square"])]
-    words += ["unbiased"] * how["unbiased"]
-    if how["signs"] is not None:
-        words.append("rotated" if len(how["signs"]) == len(SIGNS) else f"rotated by {len(how['signs'])}")
-    if form.top is not None and how["amax"] is not None:
-        words.append(f"amax = {how['amax']:g}")
-    return ", ".join(words)
-
-
-# ---------------------------------------------------------------- the three GEMMs of a linear layer
-# x (M, K) of M tokens, w (N, K) and dy (M, N) come as Both: quantized along rows and along columns.
-# In a layer of E experts the tokens are sorted by expert, and each one's begin at a multiple of any block: so
-# all are quantized as one matrix, and w as (E N, K), and only the products are made expert by expert, which
-# end at ends.
 
 def fprop(x, w, dtype, ends=None):
     """y = x w^T (M, N): sums over K, the input channels.
@@ -876,137 +629,117 @@ def wgrad(dy, x, dtype, ends=None):
     return matmul(dy.columns, x.columns, dtype, ends)
 
 
-EXPERT_TOKENS = 32                                  # an expert's tokens begin at a multiple of it
+# ---------------------------------------------------------------- recipes
+
+@dataclass(frozen=True)
+class FP4Config:
+    format: str = "nvfp4"                           # number format, a key of FORMATS
+    gemms: tuple[str, ...] = GEMMS                  # which GEMMs of a layer run in FP4: fprop,dgrad,wgrad
+    stochastic: tuple[str, ...] = ("dgrad.dy", "wgrad.dy")  # operands rounded stochastically
+    hadamard: tuple[str, ...] = ()                  # GEMMs whose operands are rotated along the summed axis
+    square_weights: bool = True                     # square blocks: one quantized weight for fprop and dgrad
+    input_amax: float | None = None                 # fixed tensor scale of activations; None: measured
+    weight_amax: float | None = None                # the same for weights
+    grad_amax: float | None = None                  # the same for output gradients
+    until: float | None = None                      # part of training after which GEMMs leave FP4; None: none
+    switched: tuple[str, ...] = GEMMS               # the GEMMs that do
+    head_blocks: int = 0                            # first blocks of the model kept in high precision
+    tail: float = 0.0                               # last fraction of its blocks kept in high precision
+    skip: tuple[str, ...] = ("head", "*router*")    # names of linear layers kept in high precision, as globs
+
+    def __post_init__(self):
+        check_words(self, gemms=GEMMS, stochastic=OPERANDS, hadamard=GEMMS, switched=GEMMS, format=FORMATS)
+        for name in ("input_amax", "weight_amax", "grad_amax"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"fp4_{name}={value} must be a positive number, or None to measure it")
+        if self.until is not None and not 0 <= self.until < 1:
+            raise ValueError(f"fp4_until={self.until} must be in [0, 1), or None for never")
+        if not 0 <= self.tail <= 1:
+            raise ValueError(f"fp4_tail={self.tail} must be in [0, 1]")
+        if self.head_blocks < 0:
+            raise ValueError(f"fp4_head_blocks={self.head_blocks} must be >= 0")
+        FORMATS[self.format].shape_of(self.square_weights)
+
+    def format_of(self, name):
+        """The format of one of OPERANDS."""
+        return self.format
+
+    def signs_of(self, gemm_name, keys):
+        """The signs of a GEMM's rotation, which are the same for both its operands."""
+        return as_signs(SIGNS, keys.device)
+
+    @property
+    def whole_channels(self):
+        """What a layer's N is filled up to a multiple of, because dgrad sums over it."""
+        return FORMATS[self.format].block
+
+    @property
+    def layer(self):
+        """The class of the layers that convert() makes."""
+        return FP4Linear
+
+    def without(self, gemms):
+        """The same recipe with these GEMMs in high precision."""
+        return replace(self, gemms=tuple(name for name in self.gemms if name not in gemms))
+
+    def operand(self, name, keys, result=None, experts=False):
+        """What the recipe gives one of OPERANDS: arguments of quantize(), or None where that GEMM stays in
+        high precision.
+
+        keys    (6, 2) int64, layer_keys()
+        result  dtype of the GEMM's result: a chip without FP4 units wants its operands Decoded for it; None:
+                packed on any chip, as what is kept for the backward
+        experts whether it is a grouped GEMM, which takes no packed operands here
+        """
+        gemm_name, matrix = name.split(".")
+        if gemm_name not in self.gemms:
+            return None
+        format = self.format_of(name)
+        return choices(format, square=matrix == "w" and self.square_weights,
+                       stochastic=name in self.stochastic, seed=keys[OPERANDS.index(name)],
+                       amax={"x": self.input_amax, "w": self.weight_amax, "dy": self.grad_amax}[matrix],
+                       signs=self.signs_of(gemm_name, keys) if gemm_name in self.hadamard else None,
+                       decode=result and decoded_dtype(keys.device, format, result, experts))
+
+    def check_layer(self, layer):
+        """raises ValueError where a layer's K does not divide into blocks, or into runs of the rotation."""
+        for_x = self.operand("fprop.x", layer.keys)
+        check_size("K", layer.in_features, whole(for_x) if for_x else FORMATS[self.format].block,
+                   f"{self.format} block" + (", fp4_hadamard_size" if "fprop" in self.hadamard else ""))
+        for_wgrad = self.operand("wgrad.x", layer.keys)
+        if layer.weight.dim() == 3 and for_wgrad and whole(for_wgrad) > EXPERT_TOKENS:
+            raise ValueError(f"fp4_format={self.format}: its blocks and rotations must be {EXPERT_TOKENS} "
+                             f"at most, not {whole(for_wgrad)}, where there are experts: wgrad would mix the "
+                             "tokens of two; or leave them out with --fp4_skip")
 
 
-# ---------------------------------------------------------------- forward and backward
-
-class FP4Function(torch.autograd.Function):
-    """The layer for autograd: fprop in the forward, dgrad and wgrad in the backward. What is kept of x in
-    between is x.columns, or x.rows where those are made of it: 4.5 bits a value where that GEMM is in FP4."""
-
-    @staticmethod
-    def forward(ctx, x, w, quantized_w, keys, signs, cfg, ends):
-        """y (M, N) of x (M, K) and the master weight w (N, K), with Both of w; the rest as in FP4Linear."""
-        needs_dw, experts, N = ctx.needs_input_grad[1], ends is not None, w.shape[-2]
-        for_wgrad, result = None, x.dtype
-        if needs_dw and cfg.reuse_codes:
-            result = None                           # packed, to be kept
-        elif needs_dw:
-            for_wgrad = cfg.operand("wgrad.x", keys, signs)
-        quantized_x = quantize_both(x, cfg.operand("fprop.x", keys, signs, result, experts), for_wgrad)
-        kept = quantized_x.rows if cfg.reuse_codes else quantized_x.columns
-        ctx.cfg, ctx.w_dtype, ctx.padding = cfg, w.dtype, quantized_w.rows.shape[-2] - N
-        save(ctx, keys, signs, ends, quantized_w.columns, kept if needs_dw else None)
-        y = fprop(quantized_x, quantized_w, x.dtype, ends)
-        return y[:, :N].contiguous() if ctx.padding else y
-
-    @staticmethod
-    def backward(ctx, dy):
-        """dy (M, N) -> dx (M, K), dw (N, K)"""
-        keys, signs, ends, w_columns, x_columns = saved(ctx)
-        cfg, experts, (needs_dx, needs_dw, *_) = ctx.cfg, ends is not None, ctx.needs_input_grad
-        for_dgrad = cfg.operand("dgrad.dy", keys, signs, dy.dtype, experts) if needs_dx else None
-        for_wgrad = cfg.operand("wgrad.dy", keys, signs, ctx.w_dtype, experts) if needs_dw else None
-        dy = fill_up(dy, ctx.padding)
-        quantized_dy = quantize_both(dy, for_dgrad, for_wgrad)
-        if cfg.e5m2:
-            rounded = e5m2(dy)
-            quantized_dy = Both(rounded if "dgrad" in cfg.e5m2 else quantized_dy.rows,
-                                rounded.t() if "wgrad" in cfg.e5m2 else quantized_dy.columns)
-        if needs_dw and cfg.reuse_codes:
-            for_x = cfg.operand("wgrad.x", keys, signs, ctx.w_dtype, experts)
-            x_columns = from_codes(x_columns, for_x, dy.dtype)
-        dx = dgrad(quantized_dy, Both(None, w_columns), dy.dtype, ends) if needs_dx else None
-        dw = wgrad(quantized_dy, Both(None, x_columns), ctx.w_dtype, ends) if needs_dw else None
-        if needs_dw and ctx.padding:
-            dw = dw[..., :-ctx.padding, :]
-        return dx, dw, None, None, None, None, None
+def check_words(cfg, **allowed):
+    """raises ValueError where a field of cfg is not, or does not consist of, what is allowed."""
+    for name, words in allowed.items():
+        value = getattr(cfg, name)
+        for word in value if isinstance(value, tuple) else (value,):
+            if word not in words:
+                raise ValueError(f"fp4_{name}={word} must be of {', '.join(map(str, words))}")
 
 
-def from_codes(rows, how, dtype):
-    """A matrix, quantized along its rows, as the operand along its columns that its 4-bit values make, which
-    is quantized once more or, without how, left in dtype.
-
-    source  2601.22813 section 4, 2510.27527: the gradient at the weights and inputs that the forward had
-    """
-    return quantize_both(rows if torch.is_tensor(rows) else rows.dequantize(dtype), None, how).columns
+@functools.cache
+def as_signs(signs, device):
+    return torch.tensor(signs, dtype=torch.float32, device=device)
 
 
-# ---------------------------------------------------------------- what 2501.17116 puts before and after
-
-def e5m2(dy):
-    """A gradient as FP8 E5M2 has it, in its own dtype: by a power of two its largest magnitude comes as close
-    to E5M2's, 57344 = 0.875 * 2^16, as it can from below.
-
-    source  2501.17116's code; its text is silent, and the scale is our choice
-    """
-    amax = tensor_amax(dy)
-    mantissa, exponent = torch.frexp(amax)          # 0.5 <= mantissa < 1
-    scale = power_of_two(15 - exponent + (mantissa <= 0.875), amax)
-    return ((dy.float() * scale).to(torch.float8_e5m2).float() / scale).to(dy.dtype)
-
-
-def split_outliers(x, quantile):
-    """OCC, outlier clamping and compensation: x (M, K) in two, clamped to two quantiles of each token, and
-    the rest, which is zero but for 2 (1 - quantile) of it. The first is quantized; y gets the product of the
-    second in high precision (here a dense one).
-
-    source  2501.17116 section 3.3; quantiles of tokens as in its code, so that none sees a later one
-    """
-    K = x.shape[1]
-    rank = round(quantile * (K - 1))
-    ordered = x.sort(1).values
-    clamped = x.clamp(ordered[:, K - 1 - rank, None], ordered[:, rank, None])
-    return clamped, x - clamped
-
-
-class ClampOutliers(torch.autograd.Function):
-    """x without its outliers; the gradient is that of all of x."""
-
-    @staticmethod
-    def forward(ctx, x, quantile):
-        return split_outliers(x, quantile)[0]
-
-    @staticmethod
-    def backward(ctx, dx):
-        return dx, None
-
-
-class EstimateGradient(torch.autograd.Function):
-    """DGE, the differentiable gradient estimator: w (N, K) or (E, N, K) itself, but dw is multiplied by the
-    slope of a smooth curve through the steps of its rounding.
-
-    source  2501.17116 section 3.2
-    """
-
-    @staticmethod
-    def forward(ctx, w, keys, cfg):
-        ctx.save_for_backward(w, keys)
-        ctx.cfg = cfg
-        return w.view_as(w)
-
-    @staticmethod
-    def backward(ctx, dw):
-        w, keys = ctx.saved_tensors
-        rows = fill_up(w, 0, -w.shape[-2] % ctx.cfg.whole_channels)
-        slope = dge_slope(rows, ctx.cfg.operand("fprop.w", keys), ctx.cfg.dge_k, ctx.cfg.dge_clip)
-        return dw * slope[..., :w.shape[-2], :], None, None
-
-
-def dge_slope(w, how, k, clip):
-    """The slope for a weight that is quantized by how, arguments of quantize(): fp32 of w's shape. With u in
-    [-1, 1] the place of w, in units of its scale, between two codes:
-
-    value   f'(u) = 1/k |u|^(1/k - 1), at most clip: 1/k next to a code, most where rounding jumps
-    """
-    form = FORMATS[how["format"]]
-    rows = w.float().flatten(0, -2)                 # of all experts
-    blocks, scale, s_dec = blocks_and_scales(rows, form, how["square"], how["amax"], how["unbiased"])
-    a = torch.clamp(blocks.abs() * encode_scale(scale, s_dec), max=E2M1_MAX)
-    steps = a * torch.where(a < 2, 2.0, torch.where(a < 4, 1.0, 0.5))
-    u = 2 * (steps - torch.floor(steps)) - 1
-    return torch.clamp(u.abs() ** (1 / k - 1) / k, max=clip).reshape(w.shape)
+RECIPES = {                                         # papers.py has more
+    "bf16": FP4Config(gemms=()),
+    # Both of the next keep the defaults: square weights, and stochastic rounding of gradients alone.
+    # 2605.06067 table 2: no rotation, no tensor scale. nGPT keeps rows of weights and inputs at norm 1, so
+    # that no element exceeds 1; gradients have no such bound and keep their measured scale, as in the paper's
+    # released scripts.
+    "ngpt": FP4Config(input_amax=1.0, weight_amax=1.0),
+    # 2509.25149 section 4: rotated wgrad operands, the last 15 % of layers in BF16. The measured scale of an
+    # activation looks at all its tokens, so that a token's output depends, in the last bits, on the tokens
+    # after it; the fixed scale of "ngpt" does not.
+    "nvfp4": FP4Config(hadamard=("wgrad",), tail=0.15),
+}
 
 
 # ---------------------------------------------------------------- the layer
@@ -1022,65 +755,125 @@ def layer_keys(seed, step, micro_batch, layer):
     return torch.stack(torch.broadcast_tensors(*stream_key(seed, step, micro, layer, operand)), -1)
 
 
+class FP4Function(torch.autograd.Function):
+    """The layer for autograd: fprop in the forward, dgrad and wgrad in the backward. In between it keeps the
+    quantized x.columns, 4.5 bits a value where wgrad is in FP4, and w.columns."""
+
+    @staticmethod
+    def forward(ctx, x, w, quantized_w, keys, cfg, ends):
+        """y (M, N) of x (M, K) and the master weight w (N, K), with Both of w; the rest as in FP4Linear."""
+        (needs_dw, N), experts = (ctx.needs_input_grad[1], w.shape[-2]), ends is not None
+        for_wgrad = cfg.operand("wgrad.x", keys) if needs_dw else None
+        x_both = quantize_both(x, cfg.operand("fprop.x", keys, x.dtype, experts), for_wgrad)
+        save(ctx, keys, ends, quantized_w.columns, x_both.columns if needs_dw else None)
+        ctx.cfg, ctx.w_dtype, ctx.N = cfg, w.dtype, N
+        y = fprop(x_both, quantized_w, x.dtype, ends)
+        return y if y.shape[1] == N else y[:, :N].contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        """dy (M, N) -> dx (M, K), dw (N, K)"""
+        keys, ends, w_columns, x_columns = saved(ctx)
+        cfg, experts, (needs_dx, needs_dw, *_) = ctx.cfg, ends is not None, ctx.needs_input_grad
+        dy_both = quantize_both(fill_up(dy, columns=-ctx.N % cfg.whole_channels),
+                                cfg.operand("dgrad.dy", keys, dy.dtype, experts) if needs_dx else None,
+                                cfg.operand("wgrad.dy", keys, ctx.w_dtype, experts) if needs_dw else None)
+        dx = dgrad(dy_both, Both(None, w_columns), dy.dtype, ends) if needs_dx else None
+        dw = wgrad(dy_both, Both(None, x_columns), ctx.w_dtype, ends) if needs_dw else None
+        return dx, dw if dw is None else dw[..., :ctx.N, :], None, None, None, None
+
+
+def save(ctx, *operands):
+    """Save tensors, Quantized and Decoded for the backward; saved() is the reverse."""
+    leaves, ctx.structure = tree_flatten(operands)
+    ctx.names = [None if torch.is_tensor(leaf) else leaf for leaf in leaves]    # of formats
+    ctx.save_for_backward(*(leaf if torch.is_tensor(leaf) else None for leaf in leaves))
+
+
+def saved(ctx):
+    pairs = zip(ctx.saved_tensors, ctx.names, strict=True)
+    return tree_unflatten([name if tensor is None else tensor for tensor, name in pairs], ctx.structure)
+
+
 class FP4Linear(torch.nn.Linear):
     """nn.Linear whose GEMMs run in a 4-bit format; same parameters and state_dict. convert() makes them, also
-    from a subclass for E experts: weight (E, N, K), and forward(x, ends) as grouped() describes it, each ends
-    a multiple of the block. Any N will do: it is filled up with zeros.
+    from a subclass for E experts: weight (E, N, K), and forward(x, ends) as grouped() describes it, each of
+    ends a multiple of the block. Any N will do: it is filled up with zeros.
 
-    The fp32 master weight is quantized when it has changed, once per optimizer step, and serves every
-    micro-batch. Changes through weight.data, or by a CUDA graph that is replayed, go unnoticed until set_step
-    opens another step or an optimizer is called.
+    The fp32 master weight is quantized once a step and serves every micro-batch. It is quantized anew when
+    set_step() begins another step, and when its version counter has moved. A fused optimizer does not move
+    that, and neither do changes through weight.data: so call set_step().
     """
 
-    fp4 = True                                      # False: high precision for now, see high_precision()
+    function = FP4Function
     quantized = None                                # the weight as Both
+    seen = None                                     # of which weight, version and recipe that is
     drawn = None                                    # (seed, step) that the keys belong to; None: to no step
-    version = None                                  # the weight behind quantized, and its version (part 3)
-    hooked = False                                  # a hook before the model looks after it (part 3)
 
     def __init__(self, linear, cfg, index=0):
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.plain_forward = linear.weight, linear.bias, type(linear).forward
         self.cfg, self.index = cfg, index           # index: which linear layer, for the random stream
-        # no buffers: DistributedDataParallel would overwrite them with the first rank's
+        # no buffer: DistributedDataParallel would overwrite it with the first rank's
         self.keys = layer_keys(0, 0, 0, index)
-        if not linear.weight.is_meta:               # the keys of a model without memory wait for its device
-            self.keys = self.keys.to(linear.weight.device)
-        self.signs = rotation_signs("none" if cfg.signs == "none" else "fixed", None, self.keys,
-                                    cfg.hadamard_size)
-        check_layer(self, cfg)
-
-    @property
-    def padding(self):
-        """With how many zero channels N is filled up to whole blocks."""
-        return -self.out_features % self.cfg.whole_channels
+        cfg.check_layer(self)
 
     def quantize_weight(self):
         """The weight as Both, as the recipe wants fprop.w and dgrad.w."""
-        experts = self.weight.dim() == 3
-        w = fill_up(self.weight.detach(), 0, self.padding).flatten(0, -2)
-        for_fprop, for_dgrad = (self.cfg.operand(name, self.keys, self.signs, torch.bfloat16, experts)
-                                for name in ("fprop.w", "dgrad.w"))
-        both = quantize_both(w, for_fprop, None if self.cfg.reuse_codes else for_dgrad)
-        if self.cfg.reuse_codes:
-            both = both._replace(columns=from_codes(both.rows, for_dgrad, w.dtype))
-        return by_expert(both, len(self.weight)) if experts else both
+        for_fprop, for_dgrad = self.weight_operands()
+        return self.by_expert(quantize_both(self.filled_weight(), for_fprop, for_dgrad))
 
+    def weight_operands(self):
+        """Arguments of quantize() for fprop.w and dgrad.w."""
+        experts = self.weight.dim() == 3
+        return (self.cfg.operand(name, self.keys, torch.bfloat16, experts) for name in ("fprop.w", "dgrad.w"))
+
+    def filled_weight(self):
+        """(N, K) or, of all experts, (E N, K), with N filled up to whole blocks."""
+        return fill_up(self.weight.detach(), rows=-self.out_features % self.cfg.whole_channels).flatten(0, -2)
+
+    def by_expert(self, w):
+        """Both of experts' weights, (E N, K) and (K, E N), as grouped() takes them: (E, N, K), (E, K, N)."""
+        if self.weight.dim() == 2:
+            return w
+        E = len(self.weight)
+
+        def shaped(operand, view, view_scales):
+            if torch.is_tensor(operand):
+                return view(operand)
+            s_dec = view_scales(operand.s_dec) if operand.s_dec.dim() else operand.s_dec
+            return Decoded(view(operand.values), s_dec)
+        return Both(shaped(w.rows, lambda t: t.unflatten(0, (E, -1)), lambda t: t.unflatten(0, (E, -1))),
+                    shaped(w.columns, lambda t: t.unflatten(1, (E, -1)).transpose(0, 1),
+                           lambda t: t.expand(E, *t.shape)))
+
+    @torch.inference_mode(False)                    # an evaluation's weights must serve training too
+    @torch.no_grad()
+    def current_weight(self):
+        """quantize_weight(), unless that has been done."""
+        w = self.weight
+        if self.quantized is None or self.seen[0] is not w or self.seen[1:] != (w._version, self.cfg):
+            self.quantized, self.seen = self.quantize_weight(), (w, w._version, self.cfg)
+        return self.quantized
+
+    # torch.compile leaves the layer alone and compiles what lies between layers: the step takes as long as
+    # with operators that it sees through, and half as many graphs need compiling (LOG.md).
+    @torch.compiler.disable
     def forward(self, x, ends=None):
-        if not self.fp4 or x.numel() == 0:
+        if not self.cfg.gemms or x.numel() == 0:
             return self.plain_forward(self, x, *([] if ends is None else [ends]))
-        refresh_unless_hooked(self)                 # quantize_weight() where the weight has changed (part 3)
+        if self.drawn is None and self.training and torch.is_grad_enabled():
+            warnings.warn("random bits repeat and weights may be old: call set_step before every micro-batch",
+                          stacklevel=2)
+        if self.keys.device != x.device:
+            self.keys, self.quantized = self.keys.to(x.device), None
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
-            rows, w = x.reshape(-1, self.in_features), self.weight
-            inside = ClampOutliers.apply(rows, self.cfg.occ) if self.cfg.clamps else rows
-            if self.cfg.estimates:
-                w = EstimateGradient.apply(w, self.keys, self.cfg)
-            y = FP4Function.apply(inside, w, self.quantized, self.keys, self.signs, self.cfg, ends)
-            if self.cfg.clamps and self.cfg.occ_compensate:
-                y = y + matmul((rows - inside).detach(), self.weight.detach(), y.dtype, ends)
+            y = self.function.apply(x.reshape(-1, self.in_features), self.weight, self.current_weight(),
+                                    self.keys, self.cfg, ends)
             y = y.view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -1088,46 +881,29 @@ class FP4Linear(torch.nn.Linear):
         return f"{super().extra_repr()}, {self.cfg.format}, gemms={','.join(self.cfg.gemms)}"
 
 
-def by_expert(w, E):
-    """Both of E experts' weights, (E N, K) and (K, E N), as grouped() takes them: (E, N, K) and (E, K, N)."""
-    def shaped(operand, view, view_scales):
-        if torch.is_tensor(operand):
-            return view(operand)
-        s_dec = view_scales(operand.s_dec) if operand.s_dec.dim() else operand.s_dec
-        return operand._replace(values=view(operand.values), s_dec=s_dec)
-    return Both(shaped(w.rows, lambda t: t.unflatten(0, (E, -1)), lambda t: t.unflatten(0, (E, -1))),
-                shaped(w.columns, lambda t: t.unflatten(1, (E, -1)).transpose(0, 1),
-                       lambda t: t.expand(E, *t.shape)))
-
-
-def check_layer(layer, cfg):
-    """raises ValueError where a layer's K does not divide into blocks, or into runs of the rotation."""
-    check_size("K", layer.in_features, FORMATS[cfg.format].block, f"{cfg.format} block")
-    if "fprop" in cfg.hadamard:
-        check_size("K", layer.in_features, cfg.hadamard_size, "fp4_hadamard_size")
-    if layer.weight.dim() == 3 and "wgrad" in cfg.hadamard and cfg.hadamard_size > EXPERT_TOKENS:
-        raise ValueError(f"fp4_hadamard_size={cfg.hadamard_size} must be {EXPERT_TOKENS} at most where there "
-                         "are experts: wgrad would mix the tokens of two; or leave them out with --fp4_skip")
-
-
 def fp4_layers(model):
     return [m for m in model.modules() if isinstance(m, FP4Linear)]
 
 
 def set_step(model, seed, step, micro_batch=0):
-    """Give every FP4 layer its random keys for one micro-batch, which counts over all ranks of a step.
-    Weights that have changed are quantized here already, so that compiled parts of a model find them when
-    they are called by themselves."""
+    """Give every FP4 layer its random keys for one micro-batch, which counts over all ranks of a step. In a
+    new step weights are quantized anew."""
     layers = fp4_layers(model)
-    if layers:
-        keys = layer_keys(seed, step, micro_batch, torch.tensor([m.index for m in layers])[:, None])
-        for m in layers:
-            m.keys, m.drawn = m.keys.to(m.weight.device), (seed, step)
-        for device in {m.weight.device for m in layers}:                        # in place, for CUDA graphs
-            here = [i for i, m in enumerate(layers) if m.weight.device == device]
-            there = keys[here].to(device, non_blocking=True)
-            torch._foreach_copy_([layers[i].keys for i in here], list(there))
-        refresh_weights(model)
+    if not layers:
+        return
+    keys, on = layer_keys(seed, step, micro_batch, torch.tensor([m.index for m in layers])[:, None]), {}
+    for m, own in zip(layers, range(len(layers)), strict=True):
+        device = m.weight.device
+        on.setdefault(device, keys.to(device).unbind())
+        if m.drawn != (seed, step):
+            m.quantized = None
+        m.keys, m.drawn = on[device][own], (seed, step)
+
+
+def forget_weights(model, *_):
+    """Let go of quantized weights; as a hook after the forward of what has its weights gathered for it."""
+    for m in fp4_layers(model):
+        m.quantized = None
 
 
 def switch_late(model, done):
@@ -1153,17 +929,13 @@ class high_precision:
         self.layers, self.gemms = fp4_layers(model), gemms
 
     def __enter__(self):
-        self.before = [(m.fp4, m.cfg, m.quantized, m.version) for m in self.layers]
+        self.before = [(m.cfg, m.quantized, m.seen) for m in self.layers]
         for m in self.layers:
-            left = m.cfg.without(self.gemms)
-            if not left.gemms:
-                m.fp4 = False
-            elif left != m.cfg:
-                m.cfg, m.quantized, m.version = left, None, None
+            m.cfg = m.cfg.without(self.gemms)
 
     def __exit__(self, *_):
         for m, before in zip(self.layers, self.before, strict=True):
-            m.fp4, m.cfg, m.quantized, m.version = before
+            m.cfg, m.quantized, m.seen = before
 
 
 def convert(model, cfg, report=print):
@@ -1192,12 +964,11 @@ def convert(model, cfg, report=print):
         elif block is not None and block >= tail_from:
             kept.setdefault("tail", []).append(name)
         else:
-            converted[linear] = FP4Linear(linear, cfg, index)
+            converted[linear] = cfg.layer(linear, cfg, index)
     for name, module in list(model.named_modules(remove_duplicate=False)):     # one layer under two names too
         if module in converted:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, converted[module])
-    hook_weights(model)                             # quantized before the forward of the model (part 3)
     line = f"converted {len(converted)}/{len(linears)} linears to {cfg.format} ({','.join(cfg.gemms)})"
     for why, names in kept.items():
         line += f"; {why}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} in high precision"
@@ -1205,86 +976,62 @@ def convert(model, cfg, report=print):
     return model
 
 
-# ---------------------------------------------------------------- a tour: python nvfp4.py
+# ================================================================ 2 The same, fast
 
-def walk(numbers):
-    """The given numbers through NVFP4, step by step, as text: the page to show in front of a class."""
-    form = FORMATS["nvfp4"]
-    x = torch.tensor(numbers, dtype=torch.float32)[None]
-    x = F.pad(x, (0, -x.shape[1] % form.block))
-    q, amax = quantize(x, form.name), tensor_amax(x)
-    y = q.dequantize()
-    s_enc, s_dec = (float(s) for s in tensor_scales(amax, form.top))
-    lines = [f"tensor   amax {float(amax):.8g}    s_enc = {form.top:g} * 6 / amax = {s_enc:.8g}    "
-             f"s_dec = 1 / s_enc = {s_dec:.8g}"]
-    for i, number in enumerate(numbers):
-        b, scale = i // form.block, q.scales[0, i // form.block].float()
-        if i % form.block == 0:
-            amax_b, bits = x[0, i:i + form.block].abs().amax(), f"{int(q.scales.view(torch.uint8)[0, b]):08b}"
-            lines += ["", f"block {b}  amax {float(amax_b):.8g}    amax * s_enc / 6 = "
-                      f"{amax_b * (s_enc / 6):.8g}    as E4M3 {float(scale):.8g} = "
-                      f"{bits[0]} {bits[1:5]} {bits[5:]}",
-                      f"{'x':>13s} {'x / (scale s_dec)':>18s} {'bits':>7s} {'code':>6s} {'value':>13s} "
-                      f"{'error':>10s}   at random instead"]
-        scaled = float(x[0, i] * torch.clamp(1 / (scale * s_dec), max=FLT_MAX))
-        code = int(q.codes[0, i // 2] >> 4 * (i % 2)) & 15
-        number_of = math.copysign(E2M1_VALUES[code & 7], 0.5 - (code >> 3))
-        outcomes, _ = e2m1(torch.full((256,), abs(scaled)), torch.arange(256))  # of all random bytes
-        ups = int((outcomes > outcomes[0]).sum())
-        odds = f"{outcomes[0]:g}" + (f", or {outcomes[-1]:g} in {ups} of 256" if ups else "")
-        lines.append(f"{number:13.7g} {scaled:18.7g} {code >> 3:2b} {code >> 1 & 3:02b} {code & 1:b} "
-                     f"{number_of:6g} {float(y[0, i]):13.7g} {float(y[0, i] - x[0, i]):10.2e}   {odds}")
-    noise, signal = (float(t.square().sum()) for t in (y - x, x))
-    snr = f"SNR {10 * math.log10(signal / noise):.1f} dB" if noise > 0 else f"error {noise:g}"
-    return "\n".join([*lines, "", snr])
+# ---------------------------------------------------------------- on a CPU: one pass over memory
+
+COMPILER = {"on": True}
 
 
-def error_table():
-    """{(format, case): mean square error} of quantizing unit Gaussians, 2048 x 4096."""
-    x, table = torch.randn(2048, 4096, generator=torch.Generator().manual_seed(0)), {}
-    for name, form in FORMATS.items():
-        row = "a row" if form.by_row else "%dx%d" % form.shape_of(False)
-        cases = {f"nearest, {row}": {}}
-        if form.squares:
-            cases["nearest, %dx%d" % form.shape_of(True)] = {"square": True}
-        cases[f"stochastic, {row}"] = {"stochastic": True}
-        if form.unbiased not in (None, form.lands):
-            cases[f"stochastic, {row}, unbiased"] = {"stochastic": True, "unbiased": True}
-        for case, choices in cases.items():
-            table[name, case] = float((quantize(x, name, **choices).dequantize() - x).square().mean())
-    return table
+def use_compiler(on):
+    """Whether the lesson's functions are fused by torch.compile from now on. That takes half a minute the
+    first time and makes them several times faster; the bits are the same. Returns whether they were."""
+    was, COMPILER["on"] = COMPILER["on"], on
+    return was
 
 
-def main(argv):
-    if argv and argv != ["--json"]:
-        try:
-            print(walk([float(number) for number in argv]))
-        except ValueError:
-            sys.exit(f"nvfp4.py takes numbers, --json or nothing, not {' '.join(argv)}")
-        return
-    errors = error_table()
-    recipes = {recipe: {name: describe_operand(cfg, name) for name in OPERANDS}
-               for recipe, cfg in RECIPES.items()}
-    if argv:
-        formats = {name: {"block": form.block, "bits": form.bits, "tensor_scale": form.top is not None,
-                          "mse": {case: error for (of, case), error in errors.items() if of == name}}
-                   for name, form in FORMATS.items()}
-        print(json.dumps({"capability": capability(), "formats": formats, "recipes": recipes}))
-        return
-    print("codes  ", "  ".join(f"{c:4d}" for c in range(8)), "   (8..15: the same, negative)")
-    print("values ", "  ".join(f"{v:4.1f}" for v in E2M1_VALUES))
-    print("\nmean square error on unit Gaussians (2048 x 4096)")
-    for (name, case), error in errors.items():
-        print(f"  {name:12s} {FORMATS[name].bits:.2f} bits  {case:30s} {error:.2e}   "
-              f"SNR {-10 * math.log10(error):.1f} dB")
-    for recipe, operands in recipes.items():
-        print(f"\nrecipe {recipe}: {recipe_changes(RECIPES[recipe])}")
-        for name, choice in operands.items():
-            print(f"  {name:9s} {choice or 'high precision'}")
-    print(f"\n{capability()}")
+def fused(function, device):
+    """The function as one compiled pass over memory in place of a pass for each operation; the bits are the
+    same. As it stands where nothing compiles, and where a compiler is looking at the caller already."""
+    if torch.compiler.is_compiling() or not COMPILER["on"] or not can_compile(device.type):
+        return function
+    set_up_compiler()
+    return compiled(function)
 
 
-# ================================================================ 2 The same on a GPU
+@functools.cache
+def compiled(function):
+    # inductor's heuristic would rather not vectorize loads that lie a block apart, at several times the cost
+    return torch.compile(function, dynamic=True, fullgraph=True,
+                         options={"cpp.enable_tiling_heuristics": False})
+
+
+def set_up_compiler():
+    """Settings of torch.compile, in the thread that calls: torch keeps them thread by thread, and a backward
+    on a GPU has a thread of its own."""
+    torch._dynamo.config.specialize_float = True    # constants stay constants
+    # one function serves all blocks of a model, or all operands of a layer: more graphs than torch's 8
+    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+
+
+@functools.cache
+def can_compile(kind):
+    """Whether torch.compile works for a device type here; says so if not. On CPU it needs a C++ compiler; on
+    GPUs older than sm_89 it cannot cast to E4M3, which matters where no kernels do (before sm_80)."""
+    quantizes = not has_kernels(torch.device(kind))
+
+    def probe(x):                                   # the casts of the definition
+        scale = x.to(torch.float8_e4m3fn).float() if quantizes else x
+        return (x * scale).to(torch.bfloat16)
+    try:
+        torch.compile(probe)(torch.zeros(32, device=kind))
+        return True
+    except Exception as error:
+        why = f"{type(error).__name__}: " + str(error).strip().partition("\n")[0]
+        print(f"torch.compile does not work here: nothing is fused, all is several times slower ({why})",
+              file=sys.stderr)
+        return False
+
 
 # ---------------------------------------------------------------- GEMMs on decoded values
 
@@ -1301,48 +1048,42 @@ def gemm_dtype(device, out_dtype):
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def grouped_gemm(a, b, alpha, dtype, ends):
-    """gemm() of a and b^T, or for each expert, as grouped() says. On GPUs torch has one GEMM for y and dx in
-    bf16, which are rounded once more there, when alpha is applied; all else is a loop and waits for ends."""
-    if torch.is_tensor(alpha) and alpha.dim():      # scales of rows
-        return scale_result(grouped_gemm(a, b, 1.0, torch.float32, ends), alpha, dtype)
-    if ends is not None and b.dim() == 3 and a.is_cuda and dtype == torch.bfloat16:
-        return scale_result(F.grouped_mm(a, b.mT, offs=ends), alpha, dtype)
-    return grouped(lambda a, b: gemm(a, b.t(), alpha, dtype), a, b, ends)
-
-
 def gemm(a, b, alpha, dtype):
-    """alpha * a @ b: a (M, K) and b (K, N) hold values exact in bf16; alpha is fp32, a () tensor or a float.
+    """alpha * a @ b^T: a (M, K) and b (N, K) hold values exact in bf16; alpha is () fp32, or None: 1.
 
     returns (M, N) in dtype; products exact, accumulated in fp32, alpha applied in fp32, rounded to dtype once
     """
     want = gemm_dtype(a.device, dtype)
-    a, b = a.to(want), b.to(want)
-    if a.is_cuda:
-        flags = torch.backends.cuda.matmul
-        reduced = flags.allow_bf16_reduced_precision_reduction
-        if reduced:                                 # partial sums stay in fp32
-            flags.allow_bf16_reduced_precision_reduction = False
-        try:
-            if isinstance(alpha, float) and dtype == torch.bfloat16:
-                return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
-            return scale_result(torch.mm(a, b, out_dtype=torch.float32), alpha, dtype)
-        finally:
-            if reduced:
-                flags.allow_bf16_reduced_precision_reduction = True
-    empty = a.new_empty(())
-    if want == torch.bfloat16:
-        return torch.addmm(empty, a, b, beta=0, alpha=float(alpha))
-    precision = torch.backends.mkldnn.matmul.fp32_precision
-    if cpu_has_bf16():                         # fp32 in and out, multiplied as bf16: exact for these operands
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    a, b, empty = a.to(want), b.to(want).t(), a.new_empty((), dtype=want)
+    if a.is_cuda:                                   # partial sums stay in fp32
+        with setting(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False):
+            if dtype == torch.bfloat16 and not (alpha is not None and alpha.is_cuda):
+                return torch.addmm(empty, a, b, beta=0, alpha=1.0 if alpha is None else float(alpha))
+            y = torch.mm(a, b, out_dtype=torch.float32)
+            return y.to(dtype) if alpha is None else scale_result(y, alpha, dtype)
+    # fp32 in and out, multiplied as bf16 where the CPU has units for it: exact for these operands
+    precision = "bf16" if cpu_has_bf16() else torch.backends.mkldnn.matmul.fp32_precision
+    with setting(torch.backends.mkldnn.matmul, "fp32_precision", precision):
+        return torch.addmm(empty, a, b, beta=0, alpha=1.0 if alpha is None else float(alpha)).to(dtype)
+
+
+@contextlib.contextmanager
+def setting(of, name, value):
+    """Context: a setting of torch's has this value."""
+    before = getattr(of, name)
+    setattr(of, name, value)
     try:
-        return torch.addmm(empty, a, b, beta=0, alpha=float(alpha)).to(dtype)
+        yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = precision
+        setattr(of, name, before)
 
 
 def scale_result(y, alpha, dtype):
+    """y * alpha in dtype, in one pass."""
+    return fused(multiply, y.device)(y, alpha, dtype)
+
+
+def multiply(y, alpha, dtype):
     return (y * alpha).to(dtype)
 
 
@@ -1674,24 +1415,19 @@ def _quantize_kernel(x_ptr, R, C, row_ptr, row_scales_ptr, row_s_dec_ptr, row_am
                               COL[6], TILE)
 
 
+
 @functools.cache
-def _kept_constant(value, device):
+def constant(value, device):
     return torch.full((), value, device=device)
 
 
-def _constant(value, device):
-    """() fp32. What is made while a CUDA graph is captured is memory of the graph, filled by its replays: no
-    one else may keep it."""
-    return (_kept_constant.__wrapped__ if capturing(device) else _kept_constant)(value, device)
-
-
-def _current(device):
+def on(device):
     """Context: Triton launches on the current device, which need not be that of its arguments."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
-    """quantize_both() by the kernels.
+    """quantize_both() by the kernels; rows and columns are choices().
 
     ptx         whether the chip's own rounding is used, (nearest, stochastic); None: as hardware() found
     swizzled    whether block scales are stored in the order of swizzle(); without ptx, where that is read
@@ -1701,15 +1437,10 @@ def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
             height, width = FORMATS[how["format"]].shape_of(how["square"])
             check_matrix(seen, height, width if seen is x else 1, how["format"])    # columns are filled up
     if ptx is None:
-        ptx, swizzled = hardware(x.device)[:2], scales_swizzled(x.device)
-    x = x.contiguous()
-    with _current(x.device):
-        return _launch_quantize(x, rows, columns, ptx, swizzled)
-
-
-def _launch_quantize(x, rows, columns, ptx, swizzled):
-    (R, C), block = x.shape, FORMATS["nvfp4"].block
-    grid = (triton.cdiv(R, TILE) * triton.cdiv(C, TILE),)
+        found = hardware(x.device)
+        ptx, swizzled = (found.nearest, found.stochastic), bool(found.matmul)
+    x, block = x.contiguous(), FORMATS["nvfp4"].block
+    (R, C), grid = x.shape, (triton.cdiv(x.shape[0], TILE) * triton.cdiv(x.shape[1], TILE),)
     signs = [x if how is None or how["signs"] is None else how["signs"]         # x: will not be read
              for how in (rows, columns)]
     slots = [0 if s is x else slot for slot, s in enumerate(signs, 1)]          # in _amax_kernel's maxima
@@ -1717,36 +1448,36 @@ def _launch_quantize(x, rows, columns, ptx, swizzled):
     maxima = None
     if wanted:
         maxima = torch.zeros(3, dtype=torch.int32, device=x.device)
-        _amax_kernel[grid](x, maxima, *signs, R, C, *(slot in wanted for slot in range(3)), TILE,
-                           **QUANTIZE_OPTIONS)
+        with on(x.device):
+            _amax_kernel[grid](x, maxima, *signs, R, C, *(slot in wanted for slot in range(3)), TILE,
+                               **QUANTIZE_OPTIONS)
     pointers, flags, results = [], [], []
     for turned, how, sign, slot in zip((False, True), (rows, columns), signs, slots, strict=True):
         if how is None:
             pointers, flags, results = pointers + [x] * 6, flags + [None], results + [x.t() if turned else x]
             continue
-        form, stochastic = FORMATS[how["format"]], how["stochastic"]
+        form, stochastic, fixed = FORMATS[how["format"]], how["stochastic"], how["amax"]
+        height, target = form.shape_of(how["square"])[0], form.target_of(how["unbiased"])
         n_lines, n_blocks = (C, triton.cdiv(R, block)) if turned else (R, C // block)
-        height, _ = form.shape_of(how["square"])
         swizzles = swizzled and how["decode"] is None
         size = swizzled_size(n_lines, n_blocks) if swizzles else (n_lines // height, n_blocks)
         padded = swizzles and (n_lines % 128 or n_blocks % 4)                   # with zeros
         scales = (x.new_zeros if padded else x.new_empty)(size, dtype=torch.uint8)
-        if how["amax"] is None:
-            amax = maxima.view(torch.float32)[slot]
-        else:
-            amax = _constant(float(how["amax"]), x.device)
+        amax = maxima.view(torch.float32)[slot] if fixed is None else constant(float(fixed), x.device)
         s_dec = x.new_empty((), dtype=torch.float32)
         if how["decode"] is None:
             out = x.new_empty((n_lines, n_blocks), dtype=torch.int64)
-            q = Quantized(out.view(torch.uint8), scales.view(form.scale_dtype), s_dec)
+            q = Quantized(out.view(torch.uint8), scales.view(form.scale_dtype), s_dec, form.name)
         else:
             out = x.new_empty((block * n_blocks if turned else R, C), dtype=how["decode"])
-            q = Decoded(out.t() if turned else out, s_dec)
+            known = s_dec if fixed is None else tensor_scales(torch.tensor(float(fixed)), form.top, target)[1]
+            q = Decoded(out.t() if turned else out, known)
         pointers += [out, scales, s_dec, amax, as_key(how["seed"], x.device) if stochastic else x, sign]
-        flags.append((height, form.target(how["unbiased"]), stochastic, sign is not x,
-                      how["decode"] is not None, bool(ptx[stochastic]), swizzles))
+        flags.append((height, target, stochastic, sign is not x, how["decode"] is not None,
+                      bool(ptx[stochastic]), swizzles))
         results.append(q)
-    _quantize_kernel[grid](x, R, C, *pointers, *flags, TILE, **QUANTIZE_OPTIONS)
+    with on(x.device):
+        _quantize_kernel[grid](x, R, C, *pointers, *flags, TILE, **QUANTIZE_OPTIONS)
     return Both(*results)
 
 
@@ -1818,7 +1549,7 @@ def swizzle(scales, n_lines):
     """
     if scales.dim() == 5:
         return scales
-    scales = scales_of_lines(scales.view(torch.uint8), n_lines)
+    scales = scales.view(torch.uint8).repeat_interleave(n_lines // len(scales), 0)
     if scales.shape[1] % 4 or n_lines % 128:
         scales = F.pad(scales, (0, -scales.shape[1] % 4, 0, -n_lines % 128))
     tiles = scales.view(scales.shape[0] // 128, 4, 32, scales.shape[1] // 4, 4)
@@ -1846,7 +1577,7 @@ def matmul_dot_scaled(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
     (M, K), N = (a.shape[0], 2 * a.shape[1]), b.shape[0]
     y = torch.empty((M, N), dtype=dtype, device=a.device)
     grid = (triton.cdiv(M, NATIVE_BLOCK["BLOCK_M"]) * triton.cdiv(N, NATIVE_BLOCK["BLOCK_N"]),)
-    with _current(a.device):
+    with on(a.device):
         _matmul_native_kernel[grid](a.contiguous(), swizzle(a_scales, M), a_s_dec, b.contiguous(),
                                     swizzle(b_scales, N), b_s_dec, y, M, N, K, **NATIVE_BLOCK,
                                     **NATIVE_OPTIONS)
@@ -1855,32 +1586,9 @@ def matmul_dot_scaled(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
 
 LAST_STREAM = {}                                    # {"scaled_mm": the stream that called it last}
 
-
-def take_turns(device):
-    """Before each scaled_mm. torch copies its alpha, the two tensor scales, into 4 bytes of which the process
-    has one (get_user_alpha_ptr in CUDABlas.cpp): a stream must not write there before another has read.
-
-    Not seen here: streams within a CUDA graph, and graphs replayed side by side. Keep FP4 layers to one
-    stream there.
-    raises  RuntimeError on another GPU than the first, for the bytes are in that one's memory
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return
-    stream = torch.cuda.current_stream(device)
-    last = LAST_STREAM.setdefault("scaled_mm", stream)
-    if last.device != stream.device:
-        raise RuntimeError(f"torch's scaled_mm serves one GPU of a process, here {last.device}; torchrun "
-                           "gives each GPU a process")
-    if last != stream:
-        stream.wait_stream(last)
-    LAST_STREAM["scaled_mm"] = stream
-
-
 def matmul_scaled_mm(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
     """matmul() of codes by torch's own block-scaled matmul (cuBLAS), where the installed torch offers it."""
     from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
-    if a.is_cuda:
-        take_turns(a.device)
     scaling = [ScalingType.BlockWise1x16, ScalingType.TensorWise]
     order = [SwizzleType.SWIZZLE_32_4_4, SwizzleType.NO_SWIZZLE]
     a, b = (t.contiguous().view(torch.float4_e2m1fn_x2) for t in (a, b))
@@ -1926,7 +1634,6 @@ ACCUMULATION_ERROR = (1 / 16 + 1 / 64) * 2**-13     # of sum |a||b|, for each of
 def hardware(device):
     """Look at a GPU once: try the FP4 instructions that its generation has, and use those that agree with the
     lesson: rounding bit for bit, products to ACCUMULATION_ERROR. Others are named on stderr."""
-    refuse_capture(device, "the first look at a GPU", "quantize something before")              # part 3
     generation, refused = torch.cuda.get_device_capability(device)[0], []
     x = torch.randn(204, 288, generator=torch.Generator().manual_seed(0)).bfloat16()   # edges, and many ties
     x[:4] *= torch.tensor([0.0, 1e-6, 1e-39, 100.0])[:, None]
@@ -1947,13 +1654,13 @@ def hardware(device):
         for amax in (None, 1.0):
             how = choices(stochastic=stochastic, seed=1, amax=amax)
             got = quantize_both_triton(x.to(device), how, None, ptx=(True, True)).rows
-            if not torch.equal(got.codes.cpu(), quantize.definition(x, **how).codes):
+            if not torch.equal(got.codes.cpu(), quantize(x, **how).codes):
                 return False
         return True
 
     def multiplies(way):
         for K, n in ((288, 112), (272, 107)):       # shapes for every way, and what only some of them take
-            a, b = quantize.definition(x[:96, :K], square=True), quantize.definition(x[-n:, :K])
+            a, b = quantize(x[:96, :K], square=True), quantize(x[-n:, :K])
             if not way.takes(a, b):
                 continue
             args = [t.to(device) for q in (a, b) for t in (q.codes, q.scales, q.s_dec)]
@@ -1983,24 +1690,25 @@ def has_kernels(device):
             and torch.cuda.get_device_capability(device)[0] >= 8)
 
 
-def kernels_run(device, format, signs=None):
+def kernels_run(device, form, signs=None):
     """The one place where it is decided whether the kernels quantize on a device, or the definition does."""
-    return FORMATS[format].kernels and (signs is None or len(signs) == len(SIGNS)) and has_kernels(device)
+    return form.kernels and (signs is None or len(signs) == len(SIGNS)) and has_kernels(device)
 
 
-@torch.compiler.assume_constant_result
 def decoded_dtype(device, format, result, experts=False):
     """The dtype in which operands are decoded as they are quantized, for a GEMM with results of dtype result;
     None: they stay packed, because the device multiplies FP4 itself, though not for experts."""
-    if not experts and kernels_run(device, format) and hardware(device).matmul:
+    if not experts and kernels_run(device, FORMATS[format]) and hardware(device).matmul:
         return None
     return gemm_dtype(device, result)
 
 
-def scales_swizzled(device):
-    """The one place where it is decided whether block scales of codes are stored as FP4 units read them."""
-    with unset_fake_temporarily():                  # torch.compile asks too; a first look wants real numbers
-        return bool(hardware(device).matmul)
+def native_way(a, b):
+    """The Way in which the device multiplies a and b as they are; None: they must be decoded."""
+    packed = [q for q in (a, b) if isinstance(q, Quantized) and FORMATS[q.format].reads_as_nvfp4]
+    if len(packed) < 2 or not has_kernels(a.codes.device):
+        return None
+    return next((WAYS[name] for name in hardware(a.codes.device).matmul if WAYS[name].takes(a, b)), None)
 
 
 def capability(device=None, format="nvfp4"):
@@ -2009,7 +1717,7 @@ def capability(device=None, format="nvfp4"):
     if device.type == "cuda":
         chip = "sm_%d%d" % torch.cuda.get_device_capability(device)
         where, units = f"{torch.cuda.get_device_name(device)} ({chip})", "bf16 tensor cores"
-        if kernels_run(device, format):
+        if kernels_run(device, FORMATS[format]):
             nearest, stochastic, ways, refused = hardware(device)
             not_used = "; not used: " + ", ".join(refused) if refused else ""
             if not ways:
@@ -2033,432 +1741,105 @@ def capability(device=None, format="nvfp4"):
     return f"{where}: FP4 emulated by its PyTorch definition, {speed}{why}; GEMMs on exact values in {units}"
 
 
-# ================================================================ 3 The machinery
+# ---------------------------------------------------------------- a tour: python nvfp4.py
 
-# ---------------------------------------------------------------- fusing the lesson's elementwise functions
-
-def fused(definition, worth=lambda *args: True):
-    """One compiled pass over memory in place of a pass for each operation; the bits are the same. worth says
-    for which arguments it is."""
-    @functools.wraps(definition)
-    def run(*args):
-        return run_fused(definition, *args) if worth(*args) else definition(*args)
-    return run
-
-
-COMPILER = {"on": True}
-
-
-def use_compiler(on):
-    """Whether the lesson's functions are fused by torch.compile from now on. That takes half a minute the
-    first time and makes them several times faster; the bits are the same. Returns whether they were."""
-    was, COMPILER["on"] = COMPILER["on"], on
-    return was
-
-
-@functools.cache
-def can_compile(kind):
-    """Whether torch.compile works for a device type here; says so if not. On CPU it needs a C++ compiler; on
-    GPUs older than sm_89 it cannot cast to E4M3, which matters where no kernels do (before sm_80)."""
-    quantizes = not has_kernels(torch.device(kind))
-
-    def probe(x):                                   # the casts of the definition
-        scale = x.to(torch.float8_e4m3fn).float() if quantizes else x
-        return (x * scale).to(torch.bfloat16)
-    try:
-        torch.compile(probe)(torch.zeros(32, device=kind))
-        return True
-    except Exception as error:
-        why = f"{type(error).__name__}: " + str(error).strip().partition("\n")[0]
-        print(f"torch.compile does not work here: nothing is fused, all is several times slower ({why})",
-              file=sys.stderr)
-        return False
+def walk(numbers):
+    """The given numbers through NVFP4, step by step, as text: the page to show in front of a class."""
+    form = FORMATS["nvfp4"]
+    x = torch.tensor(numbers, dtype=torch.float32)[None]
+    x = F.pad(x, (0, -x.shape[1] % form.block))
+    q, amax = quantize(x, form.name), largest_magnitude(x)
+    y = q.dequantize()
+    s_enc, s_dec = (float(s) for s in tensor_scales(amax, form.top))
+    lines = [f"tensor   amax {float(amax):.8g}    s_enc = {form.top:g} * 6 / amax = {s_enc:.8g}    "
+             f"s_dec = 1 / s_enc = {s_dec:.8g}"]
+    for i, number in enumerate(numbers):
+        b, scale = i // form.block, q.scales[0, i // form.block].float()
+        if i % form.block == 0:
+            amax_b, bits = x[0, i:i + form.block].abs().amax(), f"{int(q.scales.view(torch.uint8)[0, b]):08b}"
+            lines += ["", f"block {b}  amax {float(amax_b):.8g}    amax * s_enc / 6 = "
+                      f"{amax_b * (s_enc / 6):.8g}    as E4M3 {float(scale):.8g} = "
+                      f"{bits[0]} {bits[1:5]} {bits[5:]}",
+                      f"{'x':>13s} {'x / (scale s_dec)':>18s} {'bits':>7s} {'code':>6s} {'value':>13s} "
+                      f"{'error':>10s}   at random instead"]
+        scaled = float(x[0, i] * torch.clamp(1 / (scale * s_dec), max=FLT_MAX))
+        code = int(q.codes[0, i // 2] >> 4 * (i % 2)) & 15
+        number_of = math.copysign(E2M1_VALUES[code & 7], 0.5 - (code >> 3))
+        outcomes, _ = e2m1(torch.full((256,), abs(scaled)), torch.arange(256))  # of all random bytes
+        ups = int((outcomes > outcomes[0]).sum())
+        odds = f"{outcomes[0]:g}" + (f", or {outcomes[-1]:g} in {ups} of 256" if ups else "")
+        lines.append(f"{number:13.7g} {scaled:18.7g} {code >> 3:2b} {code >> 1 & 3:02b} {code & 1:b} "
+                     f"{number_of:6g} {float(y[0, i]):13.7g} {float(y[0, i] - x[0, i]):10.2e}   {odds}")
+    noise, signal = (float(t.square().sum()) for t in (y - x, x))
+    snr = f"SNR {10 * math.log10(signal / noise):.1f} dB" if noise > 0 else f"error {noise:g}"
+    return "\n".join([*lines, "", snr])
 
 
-@functools.cache
-def compiled(definition):
-    # inductor's heuristic would rather not vectorize loads that lie a block apart, at several times the cost
-    return torch.compile(definition, dynamic=True, fullgraph=True,
-                         options={"cpp.enable_tiling_heuristics": False})
+def error_table():
+    """{(format, case): mean square error} of quantizing unit Gaussians, 2048 x 4096."""
+    x, table = torch.randn(2048, 4096, generator=torch.Generator().manual_seed(0)), {}
+    for name, form in FORMATS.items():
+        row = "a row" if form.by_row else "%dx%d" % form.shape_of(False)
+        cases = {f"nearest, {row}": {}}
+        if form.squares:
+            cases["nearest, %dx%d" % form.shape_of(True)] = {"square": True}
+        cases[f"stochastic, {row}"] = {"stochastic": True}
+        if form.target_unbiased not in (None, form.target):
+            cases[f"stochastic, {row}, unbiased"] = {"stochastic": True, "unbiased": True}
+        for case, choices in cases.items():
+            table[name, case] = float((quantize(x, name, **choices).dequantize() - x).square().mean())
+    return table
 
 
-def set_up_compiler():
-    """Settings of torch.compile, in the thread that calls: torch keeps them thread by thread, and a backward
-    on a GPU has a thread of its own."""
-    torch._dynamo.config.specialize_float = True    # constants stay constants
-    # one function serves all blocks of a model, or all operands of a layer: more graphs than torch's 8
-    torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+def recipe_changes(cfg):
+    """{field: value} where a recipe differs from the defaults of its class."""
+    return {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
 
 
-def run_fused(definition, x, *args):
-    """The work of fused()."""
-    if torch.compiler.is_compiling() or not COMPILER["on"] or not can_compile(x.device.type):
-        return definition(x, *args)                 # when one of them calls another, both are one pass
-    set_up_compiler()
-    return compiled(definition)(x, *args)
-
-
-# A transposed matrix is quantized as it lies in memory; nothing is copied to turn it. For that to be fast,
-# all that goes with it must lie the same way. These three see to it and change no value.
-
-def lies_transposed(x):
-    return x.stride(0) == 1 < x.stride(-1)
-
-
-def lay_out_like(x, scale):
-    """scale (M, K/block, 1), in memory as x (M, K) is."""
-    return scale.transpose(0, 1).contiguous().transpose(0, 1) if lies_transposed(x) else scale
-
-
-def words_turned(key, M, n):
-    """random_words(key, M, n) as int32 (M, n, 4), laid out like a transposed matrix."""
-    words = philox_at(key, torch.arange(M * n, device=key.device).view(M, n).t().contiguous())
-    return torch.stack([word.to(torch.int32) for word in words], 1).permute(2, 0, 1)
-
-
-def unpack_bytes(random):
-    """None and bytes as they are; of int32 words (..., n) their bytes (..., 4 n), the lowest first."""
-    if random is None or random.dtype == torch.uint8:
-        return random
-    shifts = torch.arange(0, 32, 8, device=random.device, dtype=torch.int32)
-    return (random[..., None] >> shifts & 255).flatten(-2)
-
-
-def stack_last(parts, like):
-    """torch.stack(parts, -1) of matrices, but in memory as the tensor is that they come from. (A part with a
-    single column would not tell.)"""
-    if lies_transposed(like):
-        return torch.stack([part.t() for part in parts], 1).permute(2, 0, 1)
-    return torch.stack(parts, -1)
-
-
-# ---------------------------------------------------------------- CUDA graphs
-
-def capturing(device):
-    """Whether a CUDA graph is being captured on a device."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def refuse_capture(device, what, remedy):
-    """raises RuntimeError where a CUDA graph is being captured: a copy from the host's memory cannot be."""
-    if capturing(device):
-        raise RuntimeError(f"{what} cannot be captured in a CUDA graph; {remedy}")
-
-
-# ---------------------------------------------------------------- operators, opaque to torch.compile
-# It sees their shapes and, between them, a graph without breaks.
-
-def choices(format="nvfp4", square=False, stochastic=False, seed=0, amax=None, unbiased=False, signs=None,
-            decode=None):
-    """All arguments of quantize() but x, as a dict."""
-    return locals()
-
-
-def to_operator(how, device):
-    """A dict of choices, or None, as seven arguments of the operator; from_operator() is the reverse."""
+def describe_operand(cfg, name):
+    """What a recipe gives one of OPERANDS, in words; None: high precision."""
+    how = cfg.operand(name, torch.zeros(len(OPERANDS), 2, dtype=torch.int64))
     if how is None:
-        return "", False, None, None, False, None, None
-    key = as_key(how["seed"], device) if how["stochastic"] else None
-    return how["format"], how["square"], key, how["amax"], how["unbiased"], how["signs"], how["decode"]
-
-
-def from_operator(format, square, key, amax, unbiased, signs, decode):
-    return choices(format, square, key is not None, key, amax, unbiased, signs, decode) if format else None
-
-
-def tensors_of(operand):
-    """The tensors of a Quantized, a Decoded, a tensor or None; from_tensors() is the reverse."""
-    return [operand] if torch.is_tensor(operand) else [t for t in operand or () if torch.is_tensor(t)]
-
-
-def from_tensors(tensors):
-    return {0: lambda: None, 1: lambda t: t, 2: Decoded, 3: Quantized}[len(tensors)](*tensors)
-
-
-def operator(name):
-    """Decorator: a function whose types torch knows becomes the operator nvfp4::name. torch.library.custom_op
-    says the same, but the checks that it makes in each call are a fifth of a layer's time on the host."""
-    def make(function):
-        torch.library.define(f"nvfp4::{name}", torch.library.infer_schema(function, mutates_args=()),
-                             tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(f"nvfp4::{name}", "CompositeExplicitAutograd", function)
-        return getattr(torch.ops.nvfp4, name).default
-    return make
-
-
-@operator("quantize")
-def _quantize_op(x: torch.Tensor,
-                 row_format: str, row_square: bool, row_key: torch.Tensor | None, row_amax: float | None,
-                 row_unbiased: bool, row_signs: torch.Tensor | None, row_decode: torch.dtype | None,
-                 col_format: str, col_square: bool, col_key: torch.Tensor | None, col_amax: float | None,
-                 col_unbiased: bool, col_signs: torch.Tensor | None, col_decode: torch.dtype | None
-                 ) -> list[torch.Tensor]:
-    """quantize_both(): the tensors of rows, then those of columns."""
-    rows = from_operator(row_format, row_square, row_key, row_amax, row_unbiased, row_signs, row_decode)
-    columns = from_operator(col_format, col_square, col_key, col_amax, col_unbiased, col_signs, col_decode)
-    both = quantize_both_here(x, rows, columns)
-    return (tensors_of(both.rows) if rows else []) + (tensors_of(both.columns) if columns else [])
-
-
-@torch.library.register_fake(_quantize_op)
-def _(x, *arguments):
-    results = []
-    for turned, how in ((False, from_operator(*arguments[:7])), (True, from_operator(*arguments[7:]))):
-        if how is None:
-            continue
-        form, (M, K) = FORMATS[how["format"]], x.shape[::-1] if turned else x.shape
-        height, block = form.shape_of(how["square"])
-        n_blocks = (K + whole(how) - 1) // whole(how) * (whole(how) // block)
-        kernels = kernels_run(x.device, how["format"], how["signs"])
-
-        def empty(n, m, dtype, lies_turned):        # in memory, what comes of x^T lies as x does ...
-            return x.new_empty((m, n), dtype=dtype).t() if lies_turned else x.new_empty((n, m), dtype=dtype)
-        if how["decode"] is not None:
-            results.append(empty(M, n_blocks * block, how["decode"], turned))
-        else:                                       # ... but the kernels' codes
-            lies_turned = turned and not kernels
-            results.append(empty(M, n_blocks * block // 2, torch.uint8, lies_turned))
-            if kernels and scales_swizzled(x.device):
-                results.append(x.new_empty(swizzled_size(M, n_blocks), dtype=form.scale_dtype))
-            else:
-                results.append(empty(M // height, n_blocks, form.scale_dtype, lies_turned))
-        by_row = form.by_row and how["amax"] is None
-        results.append(x.new_empty((M, 1) if by_row else (), dtype=torch.float32))
-    return results
-
-
-@operator("matmul")
-def _matmul_op(a: torch.Tensor, a_scales: torch.Tensor | None, a_s_dec: torch.Tensor | None,
-               a_known: float | None,
-               b: torch.Tensor, b_scales: torch.Tensor | None, b_s_dec: torch.Tensor | None,
-               b_known: float | None, dtype: torch.dtype, ends: torch.Tensor | None) -> torch.Tensor:
-    """matmul() of Quantized or, without scales, Decoded or, without s_dec, tensors."""
-    if a_s_dec is None:
-        return matmul.definition(a, b, dtype, ends)
-    a = Decoded(a, a_s_dec, a_known) if a_scales is None else Quantized(a, a_scales, a_s_dec)
-    b = Decoded(b, b_s_dec, b_known) if b_scales is None else Quantized(b, b_scales, b_s_dec)
-    return matmul_here(a, b, dtype, ends)
-
-
-@torch.library.register_fake(_matmul_op)
-def _(a, a_scales, a_s_dec, a_known, b, b_scales, b_s_dec, b_known, dtype, ends):
-    by_rows = ends is None or b.dim() == 3
-    return a.new_empty((len(a), b.shape[-2]) if by_rows else (len(ends), len(a), len(b)), dtype=dtype)
-
-
-# ---------------------------------------------------------------- kernels and operators for the lesson
-
-def accelerated(definition):
-    """The definition, or the kernels of part 2 where they run; under torch.compile one opaque operator."""
-    @functools.wraps(definition)
-    def run(*args, **kwargs):
-        return ACCELERATED[definition.__name__](definition, *args, **kwargs)
-    run.definition = definition
-    return run
-
-
-@functools.cache
-def fixed_s_dec(format, amax, unbiased):
-    form = FORMATS[format]
-    if form.top is not None and amax is None:
         return None
-    with unset_fake_temporarily():                  # a number, also where tensors have no memory
-        amax = tensor_amax(torch.ones(1, 1), amax)
-        return float(tensor_scales(amax, form.top, form.target(unbiased))[1])
+    form = FORMATS[how["format"]]
+    words = [form.name] * (form.name != cfg.format)
+    words += ["stochastic" if how["stochastic"] else "nearest",
+              "a row" if form.by_row else "%dx%d" % form.shape_of(how["square"])]
+    if how["signs"] is not None:
+        words.append("rotated" if len(how["signs"]) == len(SIGNS) else f"rotated by {len(how['signs'])}")
+    if form.top is not None and how["amax"] is not None:
+        words.append(f"amax = {how['amax']:g}")
+    return ", ".join(words)
 
 
-@torch.compiler.assume_constant_result
-def known_s_dec(format, amax, unbiased):
-    """s_dec as a number where the recipe fixes it, so that no GPU need be asked for it; else None."""
-    return fixed_s_dec(format, amax, unbiased)
-
-
-def with_known_s_dec(q, how):
-    if how is None or not isinstance(q, Decoded):
-        return q
-    return q._replace(s_dec_known=known_s_dec(how["format"], how["amax"], how["unbiased"]))
-
-
-def quantize_both_here(x, rows, columns):
-    """By the kernels where they run, and otherwise as the lesson says."""
-    wanted = [how for how in (rows, columns) if how is not None]
-    if wanted and all(kernels_run(x.device, how["format"], how["signs"]) for how in wanted):
-        return quantize_both_triton(x, rows, columns)
-    return quantize_both.definition(x, rows, columns)
-
-
-def turned_over(rows, columns):
-    """Whether columns will be the rows turned over, which holds for square blocks, to nearest."""
-    if rows is None or columns is None or not rows["square"] or rows["signs"] is not None:
-        return False
-    return not rows["stochastic"] and {**rows, "seed": None} == {**columns, "seed": None}
-
-
-def only_shapes(x):
-    """Whether an operator has to stand for the work: under torch.compile, and for tensors without memory."""
-    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
-
-
-@torch.no_grad()
-def accelerate_quantize_both(_, x, rows=None, columns=None):
-    rows, columns = (how and choices(**how) for how in (rows, columns))
-    if only_shapes(x):
-        tensors = _quantize_op(x, *to_operator(rows, x.device), *to_operator(columns, x.device))
-        n = 0 if rows is None else 3 if rows["decode"] is None else 2
-        found = from_tensors(tensors[:n] or [x]), from_tensors(tensors[n:] or [x.t()])
-    elif rows and rows["decode"] and turned_over(rows, columns):                # a weight is quantized once
-        q = quantize_both_here(x, rows, None).rows
-        found = q, q._replace(values=q.values.t())
-    else:
-        found = quantize_both_here(x, rows, columns)
-    return Both(*map(with_known_s_dec, found, (rows, columns)))
-
-
-@torch.no_grad()
-def accelerate_quantize(definition, x, *args, **kwargs):
-    how = choices(*args, **kwargs)
-    if only_shapes(x) or kernels_run(x.device, how["format"], how["signs"]):
-        return accelerate_quantize_both(None, x, how).rows
-    return with_known_s_dec(definition(x, **how), how)
-
-
-def native_way(a, b):
-    """The Way in which the device multiplies a and b as they are; None: they must be decoded."""
-    nvfp4, device = FORMATS["nvfp4"], a.s_dec.device
-    if not has_kernels(device) or not all(
-            isinstance(q, Quantized) and q.scales.dtype == nvfp4.scale_dtype
-            and (q.scales.dim() == 5 or q.shape[1] == nvfp4.block * q.scales.shape[1]) for q in (a, b)):
-        return None
-    return next((WAYS[name] for name in hardware(device).matmul if WAYS[name].takes(a, b)), None)
-
-
-def matmul_here(a, b, dtype, ends=None):
-    """By FP4 units where there are any, and otherwise decoded."""
-    way = native_way(a, b) if ends is None else None
-    if way is not None:
-        return way.matmul(*a, *b, dtype)
-    known = [q.s_dec_known if isinstance(q, Decoded) else None for q in (a, b)]
-    alpha = scale_of_product(a.s_dec, b.s_dec, ends) if None in known else known[0] * known[1]
-    exact = gemm_dtype(a.s_dec.device, dtype)
-    return grouped_gemm(a.decode(exact), b.decode(exact), alpha, dtype, ends)
-
-
-def to_matmul_operator(q):
-    """A Quantized, a Decoded or a tensor as four arguments of the operator."""
-    if torch.is_tensor(q):
-        return q, None, None, None
-    return (q.values, None, q.s_dec, q.s_dec_known) if isinstance(q, Decoded) else (*q, None)
-
-
-def accelerate_matmul(definition, a, b, dtype=torch.float32, ends=None):
-    by_operator = only_shapes(tensors_of(a)[0])
-    if torch.is_tensor(a) and (ends is None or not by_operator):
-        return definition(a, b, dtype, ends)
-    with torch.no_grad():
-        if not by_operator:
-            return matmul_here(a, b, dtype, ends)
-        return _matmul_op(*to_matmul_operator(a), *to_matmul_operator(b), dtype, ends)
-
-
-ACCELERATED = {"quantize": accelerate_quantize, "quantize_both": accelerate_quantize_both,
-               "matmul": accelerate_matmul}
-
-# From here on these names, in the lesson too, mean what was made of its functions above.
-find_scales, round_blocks, random_words, words_turned, pack, unpack, scale_result = map(fused, (
-    find_scales, round_blocks, random_words, words_turned, pack, unpack, scale_result))
-rotate = fused(rotate, worth=lambda runs, signs: len(signs) <= 32)     # 128 would take minutes to compile
-quantize, quantize_both, matmul = map(accelerated, (quantize, quantize_both, matmul))
-
-
-# ---------------------------------------------------------------- what a layer keeps
-
-def save(ctx, *operands):
-    """Save tensors, Quantized and Decoded for the backward; saved() is the reverse."""
-    lists = [tensors_of(operand) for operand in operands]
-    ctx.sizes = [len(tensors) for tensors in lists]
-    ctx.save_for_backward(*sum(lists, []))
-
-
-def saved(ctx):
-    tensors, operands = list(ctx.saved_tensors), []  # asked for once: checkpointing computes them anew
-    for size in ctx.sizes:
-        operands.append(from_tensors(tensors[:size]))
-        tensors = tensors[size:]
-    return operands
-
-
-@functools.cache
-def count_optimizer_steps():
-    """A list with one number: how many steps all optimizers together have made since the first call. A fused
-    optimizer changes weights without raising their version counter, which alone would miss that."""
-    count = [0]
-
-    def add(*_):
-        count[0] += 1
-    register_optimizer_step_post_hook(add)
-    return count
-
-
-def copy_into(old, new):
-    """The new quantized weight, copied into the old one's memory, where CUDA graphs look for it; as it is
-    where the old one is of another kind."""
-    if type(old) is not type(new) or torch.is_tensor(new):
-        return new
-    if isinstance(new, Both):
-        return Both(*map(copy_into, old, new))
-    pairs = list(zip(tensors_of(old), tensors_of(new), strict=True))
-    if any((a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) for a, b in pairs):
-        return new
-    for a, b in pairs:
-        a.copy_(b)
-    return old
-
-
-@torch.inference_mode(False)                        # an evaluation's weights must serve training too
-@torch.no_grad()
-def refresh(layer):
-    """Quantize a layer's weight if it has changed since the last time; in a CUDA graph's capture always."""
-    w = layer.weight
-    place = 0 if isinstance(w, FakeTensor) else w.data_ptr()
-    version = (w._version, place, count_optimizer_steps()[0], layer.drawn, layer.cfg.gemms)
-    if layer.version and layer.version[0] is w and layer.version[1] == version and not capturing(w.device):
+def main(argv):
+    if argv and argv != ["--json"]:
+        use_compiler(False)                         # a few numbers are not worth half a minute
+        try:
+            print(walk([float(number) for number in argv]))
+        except ValueError:
+            sys.exit(f"nvfp4.py takes numbers, --json or nothing, not {' '.join(argv)}")
         return
-    if layer.keys.device != w.device or layer.signs.device != w.device:
-        refuse_capture(w.device, "a layer that has just moved to the GPU", "call set_step before")
-    layer.version, layer.keys, layer.signs = (w, version), layer.keys.to(w.device), layer.signs.to(w.device)
-    layer.quantized = copy_into(layer.quantized, layer.quantize_weight())
-
-
-@torch.compiler.disable
-def refresh_weights(model, _=None):
-    """Quantize what has changed. Compiled layers cannot look for themselves; a part of the model that is
-    compiled and called by itself needs set_step after each update."""
-    for m in fp4_layers(model):
-        if m.fp4 and not isinstance(m.weight, DTensor):     # of a shard, once it is gathered
-            refresh(m)
-            if m.drawn is None and m.training and m.cfg.stochastic and torch.is_grad_enabled():
-                warnings.warn("stochastic rounding repeats its random bits: call set_step before every "
-                              "micro-batch", stacklevel=2)
-
-
-def refresh_unless_hooked(layer):
-    if not (torch.compiler.is_compiling() and layer.hooked):
-        refresh_weights(layer)
-
-
-def forget_weights(model, *_):
-    for m in fp4_layers(model):
-        m.quantized = m.version = None
-
-
-def hook_weights(model, forget=False):
-    """Have weights looked at before the forward of a model, or of a block whose weights are gathered for it,
-    outside of its compiled graph. forget: and quantized ones let go after it, as the gathered are."""
-    model.register_forward_pre_hook(refresh_weights)
-    if forget:
-        model.register_forward_hook(forget_weights)
-    for m in fp4_layers(model):
-        m.hooked = True
+    errors = error_table()
+    recipes = {recipe: {name: describe_operand(cfg, name) for name in OPERANDS}
+               for recipe, cfg in RECIPES.items()}
+    if argv:
+        formats = {name: {"block": form.block, "bits": form.bits, "tensor_scale": form.top is not None,
+                          "mse": {case: error for (of, case), error in errors.items() if of == name}}
+                   for name, form in FORMATS.items()}
+        print(json.dumps({"capability": capability(), "formats": formats, "recipes": recipes}))
+        return
+    print("codes  ", "  ".join(f"{c:4d}" for c in range(8)), "   (8..15: the same, negative)")
+    print("values ", "  ".join(f"{v:4.1f}" for v in E2M1_VALUES))
+    print("\nmean square error on unit Gaussians (2048 x 4096)")
+    for (name, case), error in errors.items():
+        print(f"  {name:12s} {FORMATS[name].bits:.2f} bits  {case:30s} {error:.2e}   "
+              f"SNR {-10 * math.log10(error):.1f} dB")
+    for recipe, operands in recipes.items():
+        print(f"\nrecipe {recipe}: {recipe_changes(RECIPES[recipe])}")
+        for name, choice in operands.items():
+            print(f"  {name:9s} {choice or 'high precision'}")
+    print(f"\n{capability()}")
 
 
 if __name__ == "__main__":

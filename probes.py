@@ -31,7 +31,8 @@ import numpy as np
 import torch
 
 import nvfp4
-from nvfp4 import FORMATS, hadamard, quantize, split_outliers
+from nvfp4 import FORMATS, hadamard, quantize
+from papers import split_outliers
 
 # ---------------------------------------------------------------- signal, noise, correlation
 
@@ -301,7 +302,7 @@ def record(model, batches, n_tokens, seed=0):
 
     def keep(layer, x, ends=None):
         x = x.detach().flatten(0, -2).float()
-        pair = as_multiplied(x, layer.cfg.operand("fprop.x", layer.keys, layer.signs))
+        pair = as_multiplied(x, layer.cfg.operand("fprop.x", layer.keys))
         for name, expert in by_layer[layer]:
             mine = rows
             if expert is not None:                  # its rows, but for the zeros that fill them up
@@ -365,7 +366,7 @@ def measure(part, x, xq, n_channels, seed=0):
             [{dot, z_s, z_n, rho_s, rho_n}] of the sampled output channels
     """
     layer, expert = part
-    how_x, how_w = (layer.cfg.operand(name, layer.keys, layer.signs) for name in ("fprop.x", "fprop.w"))
+    how_x, how_w = (layer.cfg.operand(name, layer.keys) for name in ("fprop.x", "fprop.w"))
     w, wq = as_multiplied(layer.weight.detach().flatten(0, -2).float(), how_w)  # all experts have one scale
     if expert is not None:
         w, wq = (t.view_as(layer.weight)[expert] for t in (w, wq))

@@ -38,7 +38,6 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-import memory
 import nvfp4
 from configs import config
 from configs.config import Count, Fraction, NotNegative, Some
@@ -46,8 +45,9 @@ from data.files import (Lines, Stop, UserError, catch_signals, command, mute, na
                         read_json_lines, sweep, write_json, write_whole)
 from data.tokens import Data, batch_at, load_data, prepare_missing, train_starts, unigram_loss, val_starts
 from model import (ModelConfig, build, compile_blocks, count_parameters, flops_per_token, is_finite,
-                   load_checkpoint, load_model, misfit, newest_checkpoint, outline, sample_text)
-from nvfp4 import RECIPES, FP4Config
+                   load_checkpoint, load_model, misfit, newest_checkpoint, outline, rank_bytes, sample_text)
+from nvfp4 import RECIPES
+from papers import PaperConfig
 from ranks import Ranks, put, read_parts, remove_others
 
 # ---------------------------------------------------------------- config
@@ -94,14 +94,14 @@ class Config:
     activation_checkpointing: bool = False          # keep a block's input alone; compute the rest twice
 
     model: ModelConfig = ModelConfig()
-    fp4: FP4Config = FP4Config()
+    fp4: PaperConfig = PaperConfig()
 
     @property
     def tokens_per_step(self):
         return self.gradient_accumulation_steps * self.batch_size * self.model.block_size
 
 
-OWNERS = (("", Config), ("", ModelConfig), ("fp4_", FP4Config))
+OWNERS = (("", Config), ("", ModelConfig), ("fp4_", PaperConfig))
 OWN_RECIPE = {"gpt": "nvfp4", "ngpt": "ngpt"}       # what recipe=None stands for in each architecture
 
 
@@ -117,7 +117,7 @@ def make_config(settings, name="run"):
     try:
         c = Config(**of[Config], model=ModelConfig(**of[ModelConfig]))
         recipe = config.check_choice("recipe", c.recipe or OWN_RECIPE[c.model.arch], RECIPES)
-        c = replace(c, recipe=recipe, fp4=replace(RECIPES[recipe], **of[FP4Config]),
+        c = replace(c, recipe=recipe, fp4=PaperConfig(**vars(RECIPES[recipe]) | of[PaperConfig]),
                     out_dir=c.out_dir or f"out/{name}",
                     min_lr=c.learning_rate / 50 if c.min_lr is None else c.min_lr)
     except ValueError as error:
@@ -409,22 +409,27 @@ def meet(c):
     return ranks, device, dtype
 
 
-def check_memory(c, sizes, device, dtype, ranks):
-    """UserError where a run would not fit into what is free of the device's memory; returns a note where it
-    might not. sizes: the model's outline."""
-    free = memory.free_bytes(device)
+def free_bytes(device):
+    """What is left of a device's memory; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
+    except (OSError, StopIteration):
+        return None
+
+
+def check_memory(c, sizes, device, ranks):
+    """UserError where what a rank keeps of the model, an outline, does not fit into what is free. A step
+    takes more, and an out-of-memory error says then what to lower."""
+    free, need = free_bytes(device), rank_bytes(c.parallel, sizes, ranks.world)
     if free and device.type == "cpu":
         free /= ranks.beside                        # who share this memory
-    least = memory.least_bytes(c, sizes, c.parallel, ranks.world)
-    if free is None or 10 * least < free:           # no need to look closely, which takes seconds
-        return None
-    closely = least < free and len(sizes.blocks) <= 200
-    need = memory.run_bytes(c, device, dtype, sizes, ranks.world) if closely else least
-    said = f"about {need / 2**30:,.1f} GiB are needed, {free / 2**30:,.1f} GiB are free here"
-    if need > free / memory.FITS:
-        raise UserError(f"{said}; what would fit: "
-                        f"{memory.what_fits(c, device, dtype, sizes, ranks.world, free)}")
-    return said if need > free * memory.FITS else None
+    if free is not None and need > free:
+        raise UserError(f"weights, gradients and Adam's moments take {need / 2**30:,.1f} GiB of a rank, and "
+                        f"{free / 2**30:,.1f} GiB are free here; take more ranks and --parallel=fsdp, or a "
+                        "smaller model")
 
 
 def set_up(c, after, stop):
@@ -455,7 +460,7 @@ def set_up(c, after, stop):
     converted = []
     try:
         sizes = outline(c.model)
-        notes += filter(None, [check_memory(c, sizes, device, dtype, ranks)])
+        check_memory(c, sizes, device, ranks)
         model = make_model(c, ranks, device, converted.append, begins=not saved)
     except ValueError as error:                     # sizes that do not fit each other, or the format's blocks
         raise UserError(str(error)) from None
@@ -487,8 +492,9 @@ def make_model(c, ranks, device, report, begins):
     torch.manual_seed(c.seed)
     if ranks.sharded:
         model = ranks.split(nvfp4.convert(outline(c.model), c.fp4, report))
-        for block in model.blocks:
-            nvfp4.hook_weights(block, forget=c.parallel == "fsdp")
+        if c.parallel == "fsdp":                    # 4-bit weights go with those they were made of
+            for block in model.blocks:
+                block.register_forward_hook(nvfp4.forget_weights)
         if begins:
             ranks.fill(model, build(c.model) if ranks.first else model)
     else:

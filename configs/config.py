@@ -57,12 +57,16 @@ def help_fields(owners):
     """Every field by the file that owns it, with its default and the comment beside it in the source."""
     lines = []
     for prefix, owner in owners:
-        source = inspect.getsource(owner)
-        lines.append(f"\nfields of {Path(inspect.getfile(owner)).name}")
-        for name, (_, field, _) in schema([(prefix, owner)]).items():
-            comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.M)
-            default = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
-            lines.append(f"  --{name:30s} {default or 'none':10s} {comment[1] if comment else ''}".rstrip())
+        for declares in [kind for kind in reversed(owner.__mro__) if is_dataclass(kind)]:
+            source = inspect.getsource(declares)
+            lines.append(f"\nfields of {Path(inspect.getfile(declares)).name}")
+            for name, (_, field, _) in schema([(prefix, owner)]).items():
+                if field.name in inspect.get_annotations(declares):
+                    comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.M)
+                    default = field.default
+                    default = ",".join(default) if isinstance(default, tuple) else str(default)
+                    line = f"  --{name:30s} {default or 'none':10s} {comment[1] if comment else ''}"
+                    lines.append(line.rstrip())
     return "\n".join(lines)
 
 
