@@ -95,7 +95,7 @@ def open_run(folder):
     return model, recipe, cfg, [batch_at(val, s, c.model.block_size, device) for s in starts]
 
 
-def convert(folder, model, recipe, cfg):
+def convert_run(folder, model, recipe, cfg):
     nvfp4.convert(model, cfg, report=lambda line: None)
     if not nvfp4.fp4_layers(model):
         raise UserError(f"{folder}: {recipe} must quantize a layer; give a run that has some in FP4")
@@ -112,7 +112,7 @@ def analyse(folder, o):
         return float(sum(model(*batch).double() for batch in batches) / len(batches))
     growth, kind = flatness(model, lambda model: loss(model, [few]), seed=o.seed), read_run(folder)["kind"]
     whole = {"quantized_as": recipe, "loss": loss(model, batches), "growth": sum(growth) / len(growth)}
-    convert(folder, model, recipe, cfg)
+    convert_run(folder, model, recipe, cfg)
     parts = named_parts(model)
     rows = {"layers": [], "terms": [], "channels": [], "noise": [
         kind | {"alpha": a, "growth": g} for a, g in zip((0, *ALPHAS), (0.0, *growth), strict=True)]}
@@ -334,7 +334,7 @@ def layer_errors(folder, o):
     model, recipe, cfg, batches = open_run(folder)
     if "wgrad" not in cfg.gemms:
         raise UserError(f"{folder}: {recipe} must have wgrad in FP4; give a run with another recipe")
-    convert(folder, model, recipe, replace(cfg, tail=0.0, head_blocks=0))
+    convert_run(folder, model, recipe, replace(cfg, tail=0.0, head_blocks=0))
     n_weights = sum(m.weight.numel() for m in nvfp4.fp4_layers(model))
     rows, kind = [], read_run(folder)["kind"] | {"quantized_as": recipe}
     for n, batch in enumerate(progress(batches, str(folder))):
@@ -364,7 +364,7 @@ def outliers(folders, o, _):
     rows = []
     for run in read_runs(folders):
         model, recipe, cfg, batches = open_run(run["run"])
-        convert(run["run"], model, recipe, cfg)
+        convert_run(run["run"], model, recipe, cfg)
         for name, (x, _) in record(model, batches, o.tokens, o.seed).items():
             for of, matrix in (("token", x), ("tensor", x.reshape(1, -1))):     # all of it as one row
                 rows += [run["kind"] | {"layer": name, "of": of, "case": case, "paper": paper}

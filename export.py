@@ -82,7 +82,7 @@ def pack_layer(layer, layout):
     rows, N = layer.filled_weight(), layer.out_features         # of all experts
     height = len(rows) // (len(layer.weight) if layer.weight.dim() == 3 else 1)
     q = nvfp4.quantize(rows, **for_w)
-    scales = q.scale_of_values()[..., 0].to(torch.float8_e4m3fn)
+    scales = q.scale_of_lines()[..., 0].to(torch.float8_e4m3fn)
     shared = {tensor_at: tensor_scale(for_w)}
     if for_x["amax"] is not None:
         shared[input_at] = tensor_scale(for_x)

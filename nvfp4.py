@@ -177,16 +177,23 @@ def encode_scale(scale, s_dec):
 UNBIASED = E2M1_MAX * 16 / 17                       # rounding a scale to E4M3 can enlarge x / scale by 17/16
 
 
+class Grid(NamedTuple):
+    """The eight magnitudes that codes 0..7 stand for."""
+    round: Callable                                 # magnitudes, random bytes -> values, codes
+    value_of: Callable                              # codes -> values
+
+
+E2M1 = Grid(e2m1, e2m1_value)
+
+
 @dataclass(frozen=True)
 class Format:
     """A 4-bit format: its grid, its blocks and how they find their scales. What is not given is NVFP4's. All
     functions are compiled: they have no branches on values. Nothing outside of a Format knows its grid."""
     name: str
+    grid: Grid = E2M1
     block: int = 16                                 # values in a row that share a scale
-    # the grid
-    round: Callable = e2m1                          # magnitudes, random bytes -> values, codes 0..7
-    value_of: Callable = e2m1_value                 # codes -> values
-    # scales
+    # how a block finds its scale
     top: float | None = E4M3_MAX                    # largest block scale of a tensor; None: no tensor scale
     target: float = E2M1_MAX                        # where the largest magnitude of a block lands
     target_unbiased: float | None = UNBIASED        # a lower one, from which nothing saturates; None: none
@@ -201,6 +208,12 @@ class Format:
     by_row: bool = False                            # each row has a tensor scale: s_dec is (M, 1)
     reads_as_nvfp4: bool = False                    # FP4 units and inference engines take codes and scales
     kernels: bool = False                           # part 2 has kernels that quantize
+
+    def __post_init__(self):
+        codes = torch.arange(8.0)
+        value, code = self.grid.round(self.grid.value_of(codes))
+        if not torch.equal(code, codes) or not torch.equal(value, self.grid.value_of(codes)):
+            raise ValueError(f"{self.name}: round() must give back the codes that value_of() decodes")
 
     @property
     def bits(self):
@@ -336,16 +349,20 @@ class Quantized(NamedTuple):
 
     def decode(self, dtype=torch.bfloat16):
         """code * scale, (M, K) in dtype, exact in bf16."""
-        turned, codes, scale = is_turned(self.codes), self.codes, self.scale_of_values()
-        codes, scale = (codes.t(), scale.permute(1, 2, 0)) if turned else (codes, scale)
-        values = fused(unpack, codes.device)(codes, scale, FORMATS[self.format], dtype, turned)
-        return values.t() if turned else values
+        (M, K), codes, scale, form = self.shape, self.codes, self.scale_of_lines(), FORMATS[self.format]
+        decode, b = fused(unpack, codes.device), form.block
+        if is_turned(codes):
+            codes = codes.t().reshape(K // b, b // 2, M)
+            return decode(codes, scale.permute(1, 2, 0), form, dtype, 2).view(K, M).t()
+        return decode(codes.reshape(M, K // b, b // 2), scale, form, dtype, 3).view(M, K)
 
-    def scale_of_values(self):
-        """Block scales of every line, fp32: (M, K/block, 1), or (M, K/block, block) where values differ."""
+    def scale_of_lines(self):
+        """Block scales of every line, fp32: (M, K/block, 1), or one for every two values (M, K/block,
+        block/2)."""
         form, scale = FORMATS[self.format], unswizzle(self.scales, *self.shape)
         scale = form.unpack_scale(scale) if form.unpack_scale else scale.float()[..., None]
-        return scale.repeat_interleave(len(self.codes) // len(scale), 0)        # of lines of square blocks
+        height = len(self.codes) // len(scale)      # of a square block, for each of its lines
+        return scale if height == 1 else scale.repeat_interleave(height, 0)
 
     def dequantize(self, dtype=torch.float32):
         """code * scale * s_dec, (M, K), rounded once to fp32 and, where asked, once more to dtype."""
@@ -386,17 +403,16 @@ def round_blocks(blocks, amax, key, form, target, decode, turned):
     a = x.abs() * form.encode_scale(scale, s_dec)
     random = None
     if key is not None:
-        lines, summed = (2, 0) if turned else (0, 2)                            # the axes of M and K
-        M, K = (blocks.shape[i] * blocks.shape[i + 1] for i in (lines, summed))
-        random = random_bytes(key, M, K, turned).view(blocks.shape)
-    value, code = form.round(a, None if form.correct else random)
+        sizes = blocks.shape[0] * blocks.shape[1], blocks.shape[2] * blocks.shape[3]
+        random = random_bytes(key, *(sizes[::-1] if turned else sizes), turned).view(blocks.shape)
+    value, code = form.grid.round(a, None if form.correct else random)
     if form.correct:
         scale = form.correct(a, value, scale, random)
     negative = x.view(torch.int32) < 0                                          # the sign bit, of -0.0 too
     if decode is None:
         return torch.where(negative, code + 8, code).to(torch.uint8), scale, s_dec
     value = value * scale
-    return torch.where(negative, -value, value).to(decode), None, s_dec
+    return torch.where(negative, -value, value).to(decode), scale, s_dec
 
 
 def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=None, unbiased=False, signs=None,
@@ -430,21 +446,21 @@ def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=Non
         check_size("K", x.shape[1], len(signs), "the run of the rotation")
         x = hadamard(x, signs)
     (M, K), turned = x.shape, is_turned(x)
-    amax = largest_magnitude(x, form.by_row) if amax is None and form.top else torch.full(
-        (), float(amax or 1), device=x.device)
+    amax = 1.0 if form.top is None else amax        # no tensor scale, so no search
+    amax = largest_magnitude(x, form.by_row) if amax is None else torch.full((), float(amax), device=x.device)
     if amax.dim():                                  # of rows
         amax = amax.view(1, 1, M, 1) if turned else amax.view(M, 1, 1, 1)
+    key = as_key(seed, x.device) if stochastic else None
     cut = (K // width, width, M // height, height) if turned else (M // height, height, K // width, width)
-    codes, scale, s_dec = fused(round_blocks, x.device)(
-        (x.t() if turned else x).reshape(cut), amax, as_key(seed, x.device) if stochastic else None,
-        form, target, decode, turned)
+    codes, scale, s_dec = fused(round_blocks, x.device)((x.t() if turned else x).reshape(cut), amax, key,
+                                                        form, target, decode, turned)
     codes = codes.view(K, M).t() if turned else codes.view(M, K)
     s_dec = s_dec.view(M, 1) if s_dec.dim() else s_dec
     if decode is not None:
         return Decoded(codes, s_dec)
     scale = scale.permute(2, 3, 0, 1)[:, 0] if turned else scale[:, 0]          # (M/h, K/block, 1)
     scale = form.pack_scale(scale) if form.pack_scale else scale[..., 0].to(form.scale_dtype)
-    return Quantized(pack(codes), scale, s_dec, format)
+    return Quantized(fused(pack, x.device)(codes), scale, s_dec, format)
 
 
 def choices(format="nvfp4", square=False, stochastic=False, seed=0, amax=None, unbiased=False, signs=None,
@@ -467,16 +483,14 @@ def pack(codes):
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
-def unpack(codes, scale, form, dtype, turned):
-    """The reverse, times the scales: code * scale (M, K) in dtype of codes (M, K/2) and scale (M, K/block, 1)
-    fp32; of a matrix that lies turned (K, M), (K/2, M) and (K/block, 1, M)."""
-    axis, codes = 0 if turned else 1, codes.int()   # bytes would not be vectorized
-    values = []
+def unpack(codes, scale, form, dtype, axis):
+    """The reverse, times the scales, with an axis of length 2 for the two codes of a byte: code * scale in
+    dtype of codes (M, K/block, block/2) and scale (M, K/block, 1), or of both turned, (K/block, ..., M)."""
+    codes, values = codes.int(), []                 # bytes would not be vectorized
     for nibble in (codes & 15, codes >> 4):
-        value = form.value_of((nibble & 7).float())
-        values.append(torch.where(nibble > 7, -value, value))
-    values = torch.stack(values, axis + 1).flatten(axis, axis + 1)
-    return (values.unflatten(axis, (scale.shape[axis], -1)) * scale).flatten(axis, axis + 1).to(dtype)
+        value = form.grid.value_of((nibble & 7).float())
+        values.append((torch.where(nibble > 7, -value, value) * scale).to(dtype))
+    return torch.stack(values, axis)
 
 
 def check_matrix(x, height, width, format):
@@ -808,7 +822,7 @@ class FP4Linear(torch.nn.Linear):
 
     function = FP4Function
     quantized = None                                # the weight as Both
-    seen = None                                     # of which weight, version and recipe that is
+    seen = None                                     # of which weight, version, recipe and step that is
     drawn = None                                    # (seed, step) that the keys belong to; None: to no step
 
     def __init__(self, linear, cfg, index=0):
@@ -854,12 +868,13 @@ class FP4Linear(torch.nn.Linear):
     def current_weight(self):
         """quantize_weight(), unless that has been done."""
         w = self.weight
-        if self.quantized is None or self.seen[0] is not w or self.seen[1:] != (w._version, self.cfg):
-            self.quantized, self.seen = self.quantize_weight(), (w, w._version, self.cfg)
+        version = w._version, self.cfg, self.drawn
+        if self.quantized is None or self.seen[0] is not w or self.seen[1] != version:
+            self.quantized, self.seen = self.quantize_weight(), (w, version)
         return self.quantized
 
-    # torch.compile leaves the layer alone and compiles what lies between layers: the step takes as long as
-    # with operators that it sees through, and half as many graphs need compiling (LOG.md).
+    # torch.compile does not look into a layer; it compiles what lies between two of them. A step takes no
+    # longer than with the layer as operators inside of the graph, and half as many graphs are compiled.
     @torch.compiler.disable
     def forward(self, x, ends=None):
         if not self.cfg.gemms or x.numel() == 0:
@@ -891,13 +906,9 @@ def set_step(model, seed, step, micro_batch=0):
     layers = fp4_layers(model)
     if not layers:
         return
-    keys, on = layer_keys(seed, step, micro_batch, torch.tensor([m.index for m in layers])[:, None]), {}
-    for m, own in zip(layers, range(len(layers)), strict=True):
-        device = m.weight.device
-        on.setdefault(device, keys.to(device).unbind())
-        if m.drawn != (seed, step):
-            m.quantized = None
-        m.keys, m.drawn = on[device][own], (seed, step)
+    keys = layer_keys(seed, step, micro_batch, torch.tensor([m.index for m in layers])[:, None])
+    for m, own in zip(layers, keys.to(layers[0].weight.device), strict=True):
+        m.keys, m.drawn = own, (seed, step)
 
 
 def forget_weights(model, *_):
@@ -1012,6 +1023,7 @@ def set_up_compiler():
     torch._dynamo.config.specialize_float = True    # constants stay constants
     # one function serves all blocks of a model, or all operands of a layer: more graphs than torch's 8
     torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+    torch.fx.experimental._config.use_duck_shape = False        # no graph for sizes that happen to be equal
 
 
 @functools.cache

@@ -17,10 +17,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 import nvfp4
-from nvfp4 import (E2M1_MAX, E4M3_MAX, FORMATS, GEMMS, OPERANDS, RECIPES, SIGNS, UNBIASED, Both, FP4Config,
-                   FP4Function, FP4Linear, Format, as_signs, block_amax, check_words, dgrad, e2m1,
-                   e4m3_scales, encode_scale, fill_up, fprop, largest_magnitude, matmul, philox, quantize,
-                   quantize_both, save, saved, wgrad)
+from nvfp4 import (E2M1, E2M1_MAX, E4M3_MAX, FORMATS, GEMMS, OPERANDS, RECIPES, SIGNS, UNBIASED, Both,
+                   FP4Config, FP4Function, FP4Linear, Format, Grid, as_signs, block_amax, check_words,
+                   dgrad, e2m1, e4m3_scales, encode_scale, fill_up, fprop, largest_magnitude, matmul,
+                   philox, quantize, quantize_both, save, saved, wgrad)
 
 # ---------------------------------------------------------------- MXFP4: blocks of 32, scales powers of two
 
@@ -111,7 +111,7 @@ def axis_of(blocks):
 
 TARGET_EDEN = UNBIASED / 0.93                       # has the least error, to nearest with a corrected scale
 FORMATS["ms_eden"] = Format("ms_eden", top=256.0, target=TARGET_EDEN, target_unbiased=TARGET_EDEN,
-                            correct=eden_scales, squares=False)
+                            correct=eden_scales, squares=False, reads_as_nvfp4=True)
 
 
 # ---------------------------------------------------------------- a scale for each row: 2501.17116
@@ -139,7 +139,7 @@ def e1m2_value(code):
 
 
 # The paper's blocks and scales are not in what we have. These are NVFP4's, the largest code included.
-FORMATS["ufp4"] = Format("ufp4", round=e1m2, value_of=e1m2_value, target=7.0, target_unbiased=7 * 16 / 17)
+FORMATS["ufp4"] = Format("ufp4", Grid(e1m2, e1m2_value), target=7.0, target_unbiased=7 * 16 / 17)
 
 
 # ---------------------------------------------------------------- three levels of scales: 2604.08826, HiF4
@@ -151,16 +151,17 @@ def hif4_scales(blocks, s_enc, target):
     source  Huawei's reference code; its bf16 arithmetic where it decides
     """
     axis = axis_of(blocks)
-    max_4 = blocks.abs().unflatten(axis, (8, 2, 4)).amax(axis + 2, keepdim=True)
-    max_8 = max_4.amax(axis + 1, keepdim=True)
-    max_64 = max_8.amax(axis, keepdim=True)
-    mantissa, exponent = torch.frexp(to_bf16(max_64 * 0.142578125).clamp(2.0**-48, 49152.0))    # bf16(1 / 7)
+    groups = blocks.abs().unflatten(axis, (8, 2, 4))
+    fours = groups.amax(axis + 2, keepdim=True)
+    eights = fours.amax(axis + 1, keepdim=True)
+    whole = eights.amax(axis, keepdim=True)
+    mantissa, exponent = torch.frexp(to_bf16(whole * 0.142578125).clamp(2.0**-48, 49152.0))     # bf16(1 / 7)
     scale = torch.ldexp(torch.round(mantissa * 8) / 8, exponent)
     inverse = to_bf16(scale.reciprocal())
-    doubled = torch.where(max_8 * inverse >= 4, 2.0, 1.0)
-    doubled = doubled * torch.where(max_4 * inverse >= 2 * doubled, 2.0, 1.0)
-    scale = torch.where(max_64 < math.inf, scale * doubled / 4, math.nan)
-    return scale.expand(*scale.shape[:axis + 2], 4, *scale.shape[axis + 3:]).flatten(axis, axis + 2)
+    times = torch.where(eights * inverse >= 4, 2.0, 1.0)
+    times = times * torch.where(fours * inverse >= 2 * times, 2.0, 1.0)
+    scale = torch.where(whole < math.inf, scale * times / 4, math.nan)
+    return scale.expand_as(groups).flatten(axis, axis + 2)
 
 
 def to_bf16(x):
@@ -195,10 +196,10 @@ def hif4_unpack(word):
     first = torch.ldexp(1 + (byte & 3) / 4, (byte >> 2) - 48)
     first = torch.where(byte < 255, first, math.nan)[..., None]
     doubled = 1 << (bits[..., :8].repeat_interleave(2, 2) + bits[..., 8:])
-    return (first / 4 * doubled).repeat_interleave(4, 2)
+    return (first / 4 * doubled).repeat_interleave(2, 2)         # for every two values
 
 
-FORMATS["hif4"] = Format("hif4", block=64, round=hif4_round, value_of=e1m2_value, top=None, target=7.0,
+FORMATS["hif4"] = Format("hif4", Grid(hif4_round, e1m2_value), block=64, top=None, target=7.0,
                          target_unbiased=None, scales=hif4_scales, encode_scale=hif4_encode, squares=False,
                          scale_dtype=torch.int32, pack_scale=hif4_word, unpack_scale=hif4_unpack)
 
@@ -231,7 +232,7 @@ def dge_slope(w, how, k, clip=3.0):
     q = quantize(rows, **how | {"decode": None})
     s_dec = q.s_dec[..., None] if q.s_dec.dim() else q.s_dec
     blocks = rows.abs().unflatten(1, (-1, form.block))
-    a = torch.clamp(blocks * form.encode_scale(q.scale_of_values(), s_dec), max=E2M1_MAX)
+    a = torch.clamp(blocks * form.encode_scale(q.scale_of_lines(), s_dec), max=E2M1_MAX)
     steps = a * torch.where(a < 2, 2.0, torch.where(a < 4, 1.0, 0.5))
     u = 2 * (steps - torch.floor(steps)) - 1
     return torch.clamp(u.abs() ** (1 / k - 1) / k, max=clip).reshape(w.shape)
@@ -269,7 +270,7 @@ class PaperConfig(FP4Config):
             raise ValueError(f"fp4_e5m2={gemm_name} must not be in FP4; take it out of fp4_gemms")
         if self.dge_k is not None and not self.dge_k >= 1:
             raise ValueError(f"fp4_dge_k={self.dge_k} must be 1 or more")
-        if self.dge_k is not None and FORMATS[self.format].round is not e2m1:
+        if self.dge_k is not None and FORMATS[self.format].grid is not E2M1:
             raise ValueError(f"fp4_dge_k={self.dge_k} must go with E2M1, and {self.format} has another grid")
         if self.occ is not None and not 0.5 < self.occ <= 1:
             raise ValueError(f"fp4_occ={self.occ} must be a quantile in (0.5, 1]")

@@ -207,7 +207,8 @@ def rounding(x, draws=16, seed=0, **kw):
 def histograms(q):
     """Counts of the 16 codes of a Quantized, and {e: its block scales from 2^e up to 2^(e+1)}."""
     codes = torch.bincount(torch.stack([q.codes & 15, q.codes >> 4]).flatten().int(), minlength=16)
-    scales = nvfp4.unswizzle(q.scales, *q.shape).float()
+    scales, form = nvfp4.unswizzle(q.scales, *q.shape), FORMATS[q.format]
+    scales = form.unpack_scale(scales).amax(2) if form.unpack_scale else scales.float()
     exponents, counts = scales[scales > 0].log2().floor().int().unique(return_counts=True)
     return codes.tolist(), dict(zip(exponents.tolist(), counts.tolist(), strict=True))
 
@@ -299,10 +300,11 @@ def record(model, batches, n_tokens, seed=0):
     by_layer = {}
     for name, part in named_parts(model).items():
         by_layer.setdefault(part.layer, []).append((name, part.expert))
+    how = {layer: layer.cfg.operand("fprop.x", layer.keys) for layer in by_layer}
 
     def keep(layer, x, ends=None):
         x = x.detach().flatten(0, -2).float()
-        pair = as_multiplied(x, layer.cfg.operand("fprop.x", layer.keys))
+        pair = as_multiplied(x, how[layer])
         for name, expert in by_layer[layer]:
             mine = rows
             if expert is not None:                  # its rows, but for the zeros that fill them up

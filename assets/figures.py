@@ -17,7 +17,8 @@ import numpy as np
 COLOURS = {"gpt": "#ef8a17", "ngpt": "#17408b"}     # light and dark: they differ in grey as well
 LINES = {"bf16": (":", "o")}                        # by recipe: line and marker; the others as they come
 SPARE = (("-", "^"), ("--", "s"), ("-.", "D"), ((0, (5, 1, 1, 1, 1, 1)), "v"), ((0, (8, 3)), "P"),
-         ((0, (3, 1, 3, 4)), "X"), ((0, (1, 4)), "*"), ((0, (12, 2, 2, 2)), "<"), ((0, (2, 2)), ">"))
+         ((0, (3, 1, 3, 4)), "X"), ((0, (1, 4)), "*"), ((0, (12, 2, 2, 2)), "<"), ((0, (2, 2)), ">"),
+         ((0, (6, 1)), "p"), ((0, (1, 1)), "h"))
 STYLE = {"font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 7, "axes.grid": True, "grid.alpha": 0.25,
          "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.3, "lines.markersize": 4,
          "legend.frameon": False}

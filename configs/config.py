@@ -71,7 +71,7 @@ def help_fields(owners):
 
 
 # ---------------------------------------------------------------- values
-# What is not of the type raises one of WRONG, which convert() makes one line for the user.
+# What is not of the type raises one of WRONG, which typed() makes one line for the user.
 
 WRONG = ValueError, TypeError, KeyError, OverflowError
 
@@ -122,7 +122,7 @@ Positive = Annotated[float, 1e-30, FP32]
 NotNegative = Annotated[float, 0, FP32]
 
 
-def convert(name, value, hint):
+def typed(name, value, hint):
     """A value of a config file (of any type) or of the command line (text) as the type of a field, within its
     range."""
     kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
@@ -186,7 +186,7 @@ def read_settings(argv, owners, partial=False):
     def put(name, value, where):
         if name not in table:
             raise UserError(f"{where}: no field is called {name}{nearest(name, table)} (-h lists them)")
-        settings[name] = convert(name, value, table[name][2])
+        settings[name] = typed(name, value, table[name][2])
 
     files = [argument for argument in argv if not argument.startswith("-")]
     for file in files:
@@ -236,7 +236,7 @@ def flatten(*parts):
 def unflatten(flat, owners):
     """What flatten() made -> settings of the owners. What is none of theirs is left out: see unknown()."""
     table = schema(owners)
-    return {name: convert(name, value, table[name][2]) for name, value in flat.items() if name in table}
+    return {name: typed(name, value, table[name][2]) for name, value in flat.items() if name in table}
 
 
 def unknown(flat, owners):

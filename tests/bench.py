@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
@@ -215,7 +216,8 @@ def matmul_rows(device, sizes):
 def make_linear(recipe, K, N, device):
     torch.manual_seed(0)
     linear = torch.nn.Linear(K, N, bias=False, device=device)
-    return FP4Linear(linear, RECIPES[recipe]) if RECIPES[recipe].gemms else linear
+    cfg = RECIPES[recipe]
+    return cfg.layer(linear, cfg) if cfg.gemms else linear
 
 
 def linear_step(layer, x, dy):
@@ -299,8 +301,8 @@ def kept_bytes(layer, tokens):
     """Bytes of memory that a linear layer keeps for its backward, for each value of its bf16 input.
 
     Counted is every storage that autograd saves, once. Left out is what exists anyway, however long the
-    input: what the layer itself holds (weight, quantized weight, keys, signs), and bf16 copies of the weight
-    by autocast. In high precision that leaves the input; in FP4 its codes, block scales and s_dec.
+    input: what the layer itself holds (weight, quantized weight, keys), and bf16 copies of the weight by
+    autocast. In high precision that leaves the input; in FP4 its codes, block scales and s_dec.
     """
     assert tokens not in layer.weight.shape, "the input would be taken for a copy of the weight"
     device, saved = layer.weight.device, []
@@ -315,9 +317,7 @@ def kept_bytes(layer, tokens):
         step()
     owned = [layer.weight]
     if isinstance(layer, FP4Linear):
-        owned += [layer.keys, layer.signs]
-        for operand in layer.quantized:
-            owned += nvfp4.tensors_of(operand)
+        owned += [layer.keys, *filter(torch.is_tensor, tree_leaves(layer.quantized))]
     left_out = {t.untyped_storage().data_ptr() for t in owned}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved
                 if sorted(t.shape) != sorted(layer.weight.shape)}

@@ -180,24 +180,17 @@ def dequantize(q, tensor_scale=True):
     return value * q.s_dec if tensor_scale else value
 
 
-# The largest error of a block, or a sum of its errors, for tiles (rows, height, columns, width).
-ERRORS = {
-    "mse": lambda d: (d * d).sum(axis=(1, 3)),
-    "mae": lambda d: np.abs(d).sum(axis=(1, 3)),
-    "max": lambda d: np.abs(d).max(axis=(1, 3)),
-}
-
-
-def four_over_six(x, block=(1, 16), rule="mse", stochastic=False, key=0, amax=None, target=6.0):
+def four_over_six(x, block=(1, 16), stochastic=False, key=0, amax=None, target=6.0, power=2):
     """Quantized by 4/6 (PAPERS 3): tensor scale for 256; each block with its largest magnitude on 6 or on 4,
-    whichever, to nearest, has the smaller error, 6 in a tie."""
+    whichever, to nearest, has the smaller sum of squares of its errors (or of another power), 6 in a tie."""
     how = {"block": block, "amax": amax, "target": target, "top": 256.0}
     six, four = quantize(x, **how), quantize(x, **how, lands=target * 4 / 6)
 
     def left(q):
         value = dequantize(q, False).astype(np.float64) * np.float64(q.s_dec)
-        d = value - np.asarray(x, np.float64)
-        return ERRORS[rule](d.reshape(d.shape[0] // block[0], block[0], d.shape[1] // block[1], block[1]))
+        d = np.abs(value - np.asarray(x, np.float64)) ** power
+        tiles = d.reshape(d.shape[0] // block[0], block[0], d.shape[1] // block[1], block[1])
+        return tiles.sum(axis=(1, 3))
 
     with np.errstate(invalid="ignore"):
         chosen = left(four) < left(six)
@@ -235,6 +228,44 @@ def occ_clamp(x, quantile):
     rank = int(np.rint(quantile * (K - 1)))
     ordered = np.sort(x, axis=1)
     return np.minimum(np.maximum(x, ordered[:, K - 1 - rank, None]), ordered[:, rank, None])
+
+
+class HiF4(NamedTuple):
+    sf: np.ndarray  # (M, K/64) float64, NaN where a value of the 64 is not finite
+    e2: np.ndarray  # (M, K/8) 0 or 1
+    e3: np.ndarray  # (M, K/4) 0 or 1
+    q: np.ndarray  # (M, K) float64, signed multiples of 1/4 up to 1.75
+
+    def scales(self):
+        """(M, K) float64: what each q is multiplied by, in units of a code, 4 q."""
+        e2, e3 = np.repeat(self.e2, 8, axis=1), np.repeat(self.e3, 4, axis=1)
+        return np.repeat(self.sf, 64, axis=1) * 2.0**e2 * 2.0**e3 / 4
+
+    def values(self):
+        return 4 * self.q * self.scales()
+
+
+def as_bf16(x):
+    """Float64 array, not negative, rounded once to bf16."""
+    return BF16[nearest(x, BF16)]
+
+
+def hif4(x):
+    """HiF4's encoding (PAPERS 4.6) of bf16 numbers x (M, K), in float64 and, where that says so, bf16."""
+    magnitude = np.abs(np.asarray(x, np.float64))
+    finite = np.isfinite(magnitude.reshape(len(x), -1, 64)).all(axis=2)
+    magnitude = np.where(np.repeat(finite, 64, axis=1), magnitude, 0)
+    m3, m2, m1 = (magnitude.reshape(len(x), -1, n).max(axis=2) for n in (4, 8, 64))
+    sf = np.clip(as_bf16(m1 * as_bf16(1 / 7)), 2.0**-48, 49152)
+    e = np.floor(np.log2(sf))
+    sf = np.rint(sf * 2.0 ** (2 - e)) * 2.0 ** (e - 2)
+    r = as_bf16(1 / sf)
+    e2 = np.floor(np.clip(m2 * np.repeat(r, 8, axis=1), 0, 4) / 4)
+    e3 = np.floor(np.clip(m3 * np.repeat(r, 16, axis=1) / 2.0 ** np.repeat(e2, 2, axis=1), 0, 2) / 2)
+    scaled = magnitude * np.repeat(r, 64, axis=1)
+    scaled = scaled / 2.0 ** np.repeat(e2, 8, axis=1) / 2.0 ** np.repeat(e3, 4, axis=1)
+    q = np.minimum(np.floor(scaled * 4 + 0.5) / 4, 1.75)
+    return HiF4(np.where(finite, sf, np.nan), e2, e3, np.copysign(q, x))
 
 
 def hadamard_matrix(n=GROUP):

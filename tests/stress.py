@@ -333,7 +333,7 @@ def configs(bench, n):
         try:
             c = train.load_config(argv)
             sizes = model.outline(train.replace(c.model, vocab_size=c.model.vocab_size or 256))
-            train.check_memory(c, sizes, torch.device("cpu"), torch.float32, train.Ranks())
+            train.check_memory(c, sizes, torch.device("cpu"), train.Ranks())
             assert train.unflatten(json.loads(json.dumps(train.flatten(c)))) == c
         except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < LONGEST, (seed, argv)

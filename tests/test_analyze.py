@@ -179,8 +179,7 @@ def wgrad_errors(folder, name):
         nvfp4.set_step(model, 0, 0, n)
         model(*analyze.batch_at(val, starts, c.model.block_size, torch.device("cpu"))).backward()
         x, dy = (seen[key].detach().flatten(0, 1).t() for key in ("x", "dy"))
-        keys = layer.keys, layer.signs
-        how_x, how_dy = (c.fp4.operand(f"wgrad.{kind}", *keys) for kind in ("x", "dy"))
+        how_x, how_dy = (c.fp4.operand(f"wgrad.{kind}", layer.keys) for kind in ("x", "dy"))
         exact = dy.double() @ x.double().t()
         dw = quantize(dy, **how_dy).dequantize().double() @ quantize(x, **how_x).dequantize().double().t()
         errors.append(float((dw - exact).norm() / exact.norm()))

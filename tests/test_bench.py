@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
@@ -159,7 +160,7 @@ def test_what_a_layer_keeps_for_its_backward(recipe):
 
 def test_what_is_counted_as_kept(monkeypatch):
     """Controls: wgrad in high precision keeps x itself; without a gradient of the weight nothing is kept; and
-    keys, signs and the quantized weight are left out only because the layer holds them anyway."""
+    keys and the quantized weight are left out only because the layer holds them anyway."""
     linear = torch.nn.Linear(K, N, bias=False)
     assert kept(FP4Linear(linear, FP4Config(gemms=("fprop", "dgrad")))) == BF16_BYTES
     frozen = bench.make_linear("nvfp4", K, N, CPU)
@@ -168,10 +169,10 @@ def test_what_is_counted_as_kept(monkeypatch):
     save = nvfp4.save
 
     def save_copies(ctx, *operands):
-        save(ctx, *(nvfp4.from_tensors([t.clone() for t in nvfp4.tensors_of(q)]) for q in operands))
+        save(ctx, *tree_map(lambda leaf: leaf.clone() if torch.is_tensor(leaf) else leaf, operands))
     monkeypatch.setattr(nvfp4, "save", save_copies)
-    keys, signs, s_dec_of_w = 6 * 2 * 8, 16 * 4, 4  # its decoded columns count as a copy of the weight
-    want = 4.5 / 8 + (S_DEC + keys + signs + s_dec_of_w) / (TOKENS * K)
+    keys, s_dec_of_w = 6 * 2 * 8, 4                 # its decoded columns count as a copy of the weight
+    want = 4.5 / 8 + (S_DEC + keys + s_dec_of_w) / (TOKENS * K)
     assert kept(bench.make_linear("nvfp4", K, N, CPU)) == want
 
 

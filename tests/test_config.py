@@ -20,7 +20,8 @@ from configs import config  # noqa: E402
 from configs.config import read_settings  # noqa: E402
 from data.files import UserError  # noqa: E402
 from model import ModelConfig, build, count_parameters  # noqa: E402
-from nvfp4 import RECIPES, FP4Config  # noqa: E402
+from nvfp4 import RECIPES  # noqa: E402
+from papers import PaperConfig  # noqa: E402
 from train import OWNERS, Config, flatten, load_config, unflatten  # noqa: E402
 
 CONFIGS = config.config_files()
@@ -178,7 +179,7 @@ def test_ends_of_ranges_are_allowed(flag):
 def test_flag_sets_a_field(flag, value):
     c = load_config([flag])
     owner, field, _ = config.schema(OWNERS)[flag[2:].partition("=")[0]]
-    found = getattr({Config: c, ModelConfig: c.model, FP4Config: c.fp4}[owner], field.name)
+    found = getattr({Config: c, ModelConfig: c.model, PaperConfig: c.fp4}[owner], field.name)
     assert found == value and type(found) is type(value)
 
 
@@ -196,15 +197,20 @@ def test_files_are_isolated_and_flags_win(tmp_path):
         load_config([a, c])
 
 
+def recipe_of_a_run(name, **changes):
+    """RECIPES[name] with all fields that there are, as a run has it."""
+    return PaperConfig(**vars(RECIPES[name]) | changes)
+
+
 def test_dependent_defaults_follow_the_overrides(tmp_path):
     (tmp_path / "mine.py").write_text("learning_rate = 1.0\narch = 'gpt'\nfp4_tail = 0.5\n")
     mine = str(tmp_path / "mine.py")
     c = load_config([mine, "configs/gpt_tiny.py", "--learning_rate=5", "--recipe=None"])
     assert (c.min_lr, c.recipe, c.out_dir) == (0.1, "nvfp4", "out/mine")
-    assert c.fp4 == replace(RECIPES["nvfp4"], tail=0.5)
+    assert c.fp4 == recipe_of_a_run("nvfp4", tail=0.5)
     c = load_config([mine, "--arch=ngpt", "--min_lr=0", "--out_dir=x"])
-    assert (c.min_lr, c.recipe, c.out_dir, c.fp4) == (0.0, "ngpt", "x", replace(RECIPES["ngpt"], tail=0.5))
-    assert load_config(["--fp4_tail=0", "--recipe=nvfp4"]).fp4 == replace(RECIPES["nvfp4"], tail=0.0)
+    assert (c.min_lr, c.recipe, c.out_dir, c.fp4) == (0.0, "ngpt", "x", recipe_of_a_run("ngpt", tail=0.5))
+    assert load_config(["--fp4_tail=0", "--recipe=nvfp4"]).fp4 == recipe_of_a_run("nvfp4", tail=0.0)
     assert load_config(["--min_lr=None", "--out_dir=None"]) == load_config([])
     assert load_config([]).out_dir == "out/run"
 
@@ -217,7 +223,7 @@ def test_each_architecture_has_a_recipe_of_its_own():
                                                                f"--recipe={train.OWN_RECIPE[arch]}"])
         assert f"recipe {train.OWN_RECIPE[arch]} ({arch}'s own) sets" in train.help_text()
     for recipe in RECIPES:
-        assert load_config([f"--recipe={recipe}"]).fp4 == RECIPES[recipe]
+        assert load_config([f"--recipe={recipe}"]).fp4 == recipe_of_a_run(recipe)
 
 
 def test_config_is_found_from_another_folder(tmp_path, monkeypatch):
@@ -233,7 +239,7 @@ def test_help_lists_every_field(capsys):
     train.main(["-h"])
     text = capsys.readouterr().out
     table = config.schema(OWNERS)
-    assert len(table) == sum(len(fields(owner)) for owner in (Config, ModelConfig, FP4Config)) - 2
+    assert len(table) == sum(len(fields(owner)) for owner in (Config, ModelConfig, PaperConfig)) - 2
     for name, (_, field, _) in table.items():
         line, = re.findall(rf"^  --{name} +(.*)$", text, re.M)
         default = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)

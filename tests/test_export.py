@@ -17,6 +17,7 @@ from data.files import UserError  # noqa: E402
 from export import LAYOUTS, export, from_tensors, load_export, quantization_config, to_tensors  # noqa: E402
 from model import ModelConfig, build  # noqa: E402
 from nvfp4 import FORMATS, RECIPES  # noqa: E402
+from papers import PaperConfig  # noqa: E402
 
 MISSING = "is not there: pip install -r tests/requirements.txt"
 GPT = ModelConfig(arch="gpt", n_layer=2, n_embd=48, n_head=2, n_ffn=64, block_size=16, vocab_size=40)
@@ -171,7 +172,7 @@ def test_a_run_through_files(run, tmp_path, layout, recipe, named, engine):
     assert f"head in high precision; {engine} as {layout}" in export(folder, out, layout, named)
     model, tokenizer, c = load_export(out)
     original, _, own = train.load_run(folder)
-    assert c == replace(own, recipe=named or recipe, fp4=RECIPES[named or recipe])
+    assert c == replace(own, recipe=named or recipe, fp4=PaperConfig(**vars(RECIPES[named or recipe])))
     nvfp4.convert(original, c.fp4, report=lambda line: None)
     assert torch.equal(logits(model), logits(original))
     assert tokenizer.n_vocab == original.config.vocab_size
@@ -186,7 +187,8 @@ def test_a_run_through_files(run, tmp_path, layout, recipe, named, engine):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"recipe": "mxfp4", "fp4_hadamard_size": 16}, "fp4_format=mxfp4: its scales are not those of NVFP4"),
+    ({"recipe": "mxfp4", "fp4_hadamard_size": 16}, "fp4_format=mxfp4: its codes and scales are not those of"),
+    ({"recipe": "ufp4"}, "fp4_format=ufp4: its codes and scales are not those of NVFP4; name another recipe"),
     ({"recipe": "bf16"}, "recipe=bf16: its forward is, or ends, in high precision; name another recipe"),
     ({"fp4_until": 0.9}, "in high precision"),
     ({"fp4_hadamard": "fprop", "fp4_square_weights": False}, "engines neither rotate"),

@@ -22,6 +22,7 @@ from configs.config import read_settings  # noqa: E402
 from model import (ExpertLinear, ModelConfig, MoE, build, count_parameters, flops_per_token,  # noqa: E402
                    gather, generate, ssm, ssm_chunked, unit)
 from nvfp4 import FORMATS, OPERANDS, RECIPES, FP4Config, FP4Linear, quantize  # noqa: E402
+from papers import PaperConfig  # noqa: E402
 
 # every size a multiple of 16, as FP4 wants it: in_proj makes 128 z, 128 + 2 * 64 x B C and 16 dt
 SMALL = ModelConfig(pattern="ME*-", n_embd=64, n_head=4, n_kv_head=2, n_ffn=48, block_size=32, vocab_size=80,
@@ -471,8 +472,9 @@ def test_permuting_tokens_permutes_outputs(arch):
 
 def test_sorting():
     """Each choice has a row of its own, within its expert's rows, in order of its tokens; each expert's begin
-    at a multiple of every format's block; how many rows there are depends on the number of tokens alone."""
-    assert all(MoE.multiple % form.block == 0 for form in FORMATS.values())
+    at a multiple of every format's block, but of those that test_a_format_for_no_experts has; how many rows
+    there are depends on the number of tokens alone."""
+    assert all(MoE.multiple % form.block == 0 for name, form in FORMATS.items() if fits(name))
     assert MoE.multiple % len(nvfp4.SIGNS) == 0     # nor does a rotation mix experts
     mixer = make_mixer("E", moe_n_expert=5, moe_n_active=2)
     for n in (1, 15, 16, 17, 100):
@@ -497,17 +499,16 @@ def test_router_and_scan_stay_in_fp32_under_autocast():
     """Bit for bit: of the two mixers autocast reaches linear layers and experts only. The state is fp32."""
     router, x = make_mixer("E"), torch.randn(2, 21, 64)
     scan, projected = make_mixer("M"), torch.randn(2, 21, 400)
-    scan.in_proj.forward = lambda x: projected
     results = []
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             state = {}
-            results.append([*router.route(x), scan.mix(x, state), state["h"], state["window"]])
+            results.append([*router.route(x), scan.mix(projected, state), state["h"], state["window"]])
             assert (router.router(x).dtype == torch.bfloat16) is autocast       # control
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*results, strict=True))
-    projected = projected.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        assert scan.mix(x, state := {}).dtype == torch.bfloat16 and state["h"].dtype == torch.float32
+        y = scan.mix(projected.bfloat16(), state := {})
+    assert y.dtype == torch.bfloat16 and state["h"].dtype == torch.float32
 
 
 # ---------------------------------------------------------------- balance
@@ -592,15 +593,26 @@ def test_the_model_adds_its_mixers_losses(arch):
 
 # ---------------------------------------------------------------- experts in FP4
 
+def as_paper(cfg):
+    """The same recipe with all fields that there are."""
+    return PaperConfig(**vars(cfg))
+
+
+def fits(format):
+    """Whether no two experts share a block."""
+    return FORMATS[format].block <= MoE.multiple
+
+
 def fitting(cfg):
     """Rotated in runs that no two experts share: of 32, where a recipe has longer ones."""
-    return replace(cfg, hadamard_size=min(cfg.hadamard_size, MoE.multiple))
+    return replace(as_paper(cfg), hadamard_size=min(as_paper(cfg).hadamard_size, MoE.multiple))
 
 
 # OCC and DGE: test_nvfp4.py, test_vector_wise_experts
-EXPERTS = {**{name: fitting(cfg) for name, cfg in RECIPES.items() if not cfg.occ},
-           "all stochastic": FP4Config(stochastic=OPERANDS, unbiased=True),
-           "rotated, fresh signs": FP4Config(hadamard=nvfp4.GEMMS, signs="fresh"),
+EXPERTS = {**{name: fitting(cfg) for name, cfg in RECIPES.items()
+              if fits(cfg.format) and not as_paper(cfg).occ},
+           "all stochastic": FP4Config(stochastic=OPERANDS),
+           "rotated, fresh signs": PaperConfig(hadamard=nvfp4.GEMMS, hadamard_signs="fresh"),
            "weights 1x16": FP4Config(square_weights=False), "only fprop": FP4Config(gemms=("fprop",)),
            "only backward": FP4Config(gemms=("dgrad", "wgrad"))}
 GROUPS = ((0, 1, 15, 16, 17), (0, 0, 40, 0, 0), (33, 32, 31, 2, 0))
@@ -618,7 +630,7 @@ def sorted_batch(sizes, K=64, N=96):
 def expert_layer(cfg, E=5, K=64, N=96, index=5):
     linear = ExpertLinear(E, K, N, bias=False)
     linear.weight.data.copy_(unit(torch.randn(E, N, K)))
-    layer = FP4Linear(linear, cfg, index)
+    layer = cfg.layer(linear, cfg, index)
     nvfp4.set_step(layer, *PLACE)
     return layer
 
@@ -636,21 +648,19 @@ def run(layer, x, dy, ends, autocast=False):
 def expert_by_expert(layer, x, dy, ends, autocast=False):
     """y, dx, dw, each with sum |a||b| of its products, in float64: the sorted matrices, padding and all, and
     the weights of all experts as one, quantized once; then for each expert a product of its own parts."""
-    cfg, w, dtype = layer.cfg, layer.weight.detach(), torch.bfloat16 if autocast else torch.float32
+    cfg, w, dtype = as_paper(layer.cfg), layer.weight.detach(), torch.bfloat16 if autocast else torch.float32
     x, dy = x.to(dtype), dy.to(dtype)
     E, N, _ = w.shape
     spans = list(itertools.pairwise([0, *ends.tolist()]))
 
     def quantized(name, t):
         gemm_name, kind = name.split(".")
-        signs = None if gemm_name not in cfg.hadamard else (
-            nvfp4.rotation_signs(cfg.signs, gemm_name, layer.keys, cfg.hadamard_size))
-        stochastic, square = name in cfg.stochastic, kind == "w" and cfg.square_weights
-        forward, amax = gemm_name == "fprop" or square, {"x": cfg.input_amax, "w": cfg.weight_amax}
-        return quantize.definition(t, cfg.format if forward else cfg.formats[1], square, stochastic,
-                                   seed=oracle.stream_key(*PLACE, layer.index, OPERANDS.index(name)),
-                                   amax=amax.get(kind, cfg.grad_amax),
-                                   unbiased=stochastic and cfg.unbiased, signs=signs)
+        signs = cfg.signs_of(gemm_name, layer.keys) if gemm_name in cfg.hadamard else None
+        square, amax = kind == "w" and cfg.square_weights, {"x": cfg.input_amax, "w": cfg.weight_amax}
+        forward = gemm_name == "fprop" or square or cfg.backward_format is None
+        return quantize(t, cfg.format if forward else cfg.backward_format, square, name in cfg.stochastic,
+                        seed=oracle.stream_key(*PLACE, layer.index, OPERANDS.index(name)),
+                        amax=amax.get(kind, cfg.grad_amax), signs=signs)
 
     def operand(name, t):
         if name.split(".")[0] not in cfg.gemms:
@@ -699,24 +709,52 @@ def test_expert_layer_is_a_layer_for_each_expert(name, autocast):
     if layer.cfg.gemms:
         nvfp4.set_step(layer, PLACE[0], PLACE[1] + 1)
         used = {name.split(".")[0] for name in layer.cfg.stochastic} & set(layer.cfg.gemms)
-        fresh = set(layer.cfg.hadamard) if layer.cfg.signs == "fresh" else set()
+        fresh = set(layer.cfg.hadamard) if as_paper(layer.cfg).hadamard_signs == "fresh" else set()
         assert [not ok for ok in agree(run(layer, x, dy, ends, autocast), want, autocast)] == [
             gemm in used | fresh for gemm in nvfp4.GEMMS]
 
 
-@pytest.mark.parametrize("name", ("bf16", "ngpt", "nvfp4", "mxfp4"))
+@pytest.mark.parametrize("name", ("bf16", "ngpt", "nvfp4", "mxfp4", "quartet2"))
 def test_compiled_expert_layer_gives_the_same_bits(name):
-    """One graph, with quantize and the grouped products as operators in it."""
-    layer = expert_layer(EXPERTS[name])
-    layer.hooked = True                             # quantized by set_step
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    """The compiler leaves the layer alone, and compiles what stands around it."""
+    class Around(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.weight = layer, layer.weight
+
+        def forward(self, x, ends):
+            return self.layer(x + x, ends).abs()
+    around, calls = Around(expert_layer(EXPERTS[name])), set()
+
+    def look(graph, inputs):
+        calls.update(str(node.target) for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph
+    torch.compiler.reset()                          # graphs of other recipes count too, up to torch's 8
+    compiled = torch.compile(around, backend=look)
     for sizes in GROUPS[:2]:
         for autocast in (False, True):
             x, dy, ends = sorted_batch(sizes)
-            want, got = (run(f, x, dy, ends, autocast) for f in (layer, compiled))
+            want, got = (run(f, x, dy, ends, autocast) for f in (around, compiled))
             assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, want, strict=True))
-    nvfp4.set_step(layer, PLACE[0], PLACE[1] + 1)   # control: keys are inputs of the graph
+    assert calls == {"<built-in function add>", "abs"}
+    nvfp4.set_step(around, PLACE[0], PLACE[1] + 1)  # control: no graph remembers the keys
     assert torch.equal(run(compiled, x, dy, ends, True)[1], want[1]) == (name == "bf16")
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if not fits(name)])
+def test_a_format_for_no_experts(name):
+    """Its blocks would have tokens of two; where wgrad is in high precision there are none of tokens. A model
+    leaves its experts out with --fp4_skip."""
+    cfg = FP4Config(format=name, square_weights=False)
+    with pytest.raises(ValueError, match=f"fp4_format={name}: .*at most, not 64, .*--fp4_skip"):
+        expert_layer(cfg)
+    with pytest.raises(ValueError, match="at most, not 64"):
+        nvfp4.convert(make("ngpt"), cfg, report=lambda line: None)
+    layer = expert_layer(replace(cfg, gemms=("fprop", "dgrad")), N=128)
+    x, dy, ends = sorted_batch(GROUPS[0], N=128)
+    assert agree(run(layer, x, dy, ends), expert_by_expert(layer, x, dy, ends)) == [True] * 3
+    model = nvfp4.convert(make("ngpt", n_ffn=64), replace(cfg, skip=("*experts*", "*router*", "head")), print)
+    assert any(isinstance(m, FP4Linear) for m in model.modules())
 
 
 def test_experts_in_high_precision_are_their_linear_layers():
@@ -837,9 +875,9 @@ def test_everything_is_on_the_sphere_after_steps_in_fp4():
 
 
 @pytest.mark.parametrize("letter", "ME")
-def test_a_compiled_block_is_one_graph_and_gives_the_same(letter):
+def test_a_compiled_block_gives_the_same(letter):
     """In FP4 with bf16 activations the loss and the load bit for bit; in fp32, where no rounding can amplify
-    the order of additions, all gradients, the balance loss's among them."""
+    the order of additions, all gradients, the balance loss's among them, and the block is one graph."""
     for fp4 in (False, True):
         results = []
         for compile_it in (False, True):
@@ -849,8 +887,8 @@ def test_a_compiled_block_is_one_graph_and_gives_the_same(letter):
                 nvfp4.convert(model, RECIPES["ngpt"], report=lambda line: None)
                 nvfp4.set_step(model, *PLACE)
             block, idx = model.blocks[0], tokens(T=33)
-            if compile_it:
-                block.compile(backend="aot_eager", fullgraph=True)
+            if compile_it:                          # FP4 layers stay out of the graph, and part it
+                block.compile(backend="aot_eager", fullgraph=not fp4)
             with torch.autocast("cpu", torch.bfloat16, enabled=fp4):
                 loss = model(idx[:, :-1], idx[:, 1:])
             loss.backward()
@@ -921,8 +959,9 @@ def test_the_papers_layers_in_fp4(name, kept):
     c = train.load_config([str(REPO / "configs" / f"{name}.py")])
     with torch.device("meta"):
         model = build(c.model)
-    for recipe in nvfp4.RECIPES.values():           # all that there are accept its sizes
-        nvfp4.convert(copy.deepcopy(model), fitting(recipe), report=lambda line: None)
+    for recipe in RECIPES.values():                 # all that there are accept its sizes
+        skip = (*recipe.skip, *([] if fits(recipe.format) else ["*experts*"]))
+        nvfp4.convert(copy.deepcopy(model), replace(fitting(recipe), skip=skip), report=lambda line: None)
     nvfp4.convert(model, c.fp4, report=lambda line: None)
     for layer, m in model.named_modules():
         if isinstance(m, torch.nn.Linear):

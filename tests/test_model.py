@@ -457,5 +457,5 @@ def test_a_run_is_sampled_without_the_training_code(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=60)
     assert done.returncode == 0 and done.stdout.startswith("ab cd") and len(done.stdout) > 100
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert not {"train", "nvfp4", "analyze"} & imported
+    assert not {"train", "papers", "analyze"} & imported
     assert {"torch", "configs.config", "data.tokens"} <= imported               # control

@@ -21,6 +21,7 @@ import oracle  # noqa: E402
 import probes  # noqa: E402
 from model import ModelConfig, build  # noqa: E402
 from nvfp4 import RECIPES, quantize  # noqa: E402
+from papers import PaperConfig  # noqa: E402
 from probes import averaging_gain, db, moments, rho  # noqa: E402
 
 EXACT = 1e-11                                       # float64 sums of at most 10^3 terms: 10^3 * 2^-53 = 1e-13
@@ -268,6 +269,12 @@ def test_histograms():
     assert exponents == {8: q.scales.numel()}       # 448 = 1.75 * 2^8
 
 
+@pytest.mark.parametrize("name", nvfp4.FORMATS)
+def test_histograms_count_all_codes_and_scales(name):
+    codes, exponents = probes.histograms(quantize(gaussian(32, 256).float(), name))
+    assert sum(codes) == 32 * 256 == nvfp4.FORMATS[name].block * sum(exponents.values())
+
+
 @pytest.mark.parametrize("square", [False, True])
 def test_share_of_saturated_blocks(square):
     x = torch.full((32, 64), 0.9)
@@ -320,7 +327,8 @@ def batch(seed, rows=2):
 CFGS = {"ngpt": RECIPES["ngpt"], "nvfp4": replace(RECIPES["nvfp4"], tail=0.0),
         "1x16": nvfp4.FP4Config(square_weights=False), "rotated": nvfp4.FP4Config(hadamard=nvfp4.GEMMS),
         "mxfp4": replace(RECIPES["mxfp4"], tail=0.0),
-        "all random": nvfp4.FP4Config(stochastic=nvfp4.OPERANDS, hadamard=nvfp4.GEMMS, signs="fresh")}
+        "uniform grid": RECIPES["ufp4"],
+        "all random": PaperConfig(stochastic=nvfp4.OPERANDS, hadamard=nvfp4.GEMMS, hadamard_signs="fresh")}
 
 
 @pytest.mark.parametrize("cfg", [RECIPES["nvfp4"], replace(RECIPES["ngpt"], skip=("*out",))])
@@ -332,7 +340,7 @@ def test_every_fp4_layer_is_recorded_and_left_as_it_was(cfg):
     for name, (x, xq) in found.items():
         layer = layers[name].layer
         assert x.shape == xq.shape == (40, layer.in_features)
-        assert layer.fp4 and not layer._forward_pre_hooks
+        assert layer.cfg is cfg and not layer._forward_pre_hooks
 
 
 @pytest.mark.parametrize("name", CFGS)

@@ -35,8 +35,8 @@ from train import load_config  # noqa: E402
 SHORT = {"n_layer": 2, "batch_size": 2, "max_steps": 6, "eval_interval": 3, "gradient_accumulation_steps": 2}
 EXACT = SHORT | {"arch": "gpt", "grad_clip": 0}
 RUNS = {
-    "all random": EXACT | {"recipe": "nvfp4", "fp4_tail": 0, "fp4_signs": "fresh", "fp4_stochastic":
-                           ",".join(nvfp4.OPERANDS), "weight_decay": 0.1, "eval_iters": 3},
+    "all random": EXACT | {"recipe": "nvfp4", "fp4_tail": 0, "fp4_hadamard_signs": "fresh",
+                           "fp4_stochastic": ",".join(nvfp4.OPERANDS), "weight_decay": 0.1, "eval_iters": 3},
     "hybrid": EXACT | {"pattern": "ME*", "n_ffn": 48, "mamba_n_head": 16, "mamba_head_dim": 4,
                        "mamba_n_group": 2, "mamba_n_state": 16, "mamba_chunk": 8, "moe_n_expert": 4},
     "bf16": EXACT | {"recipe": "bf16"},

@@ -75,7 +75,7 @@ def test_the_file_table_names_every_file():
 def named_functions(text):
     """(module, dotted name) of every `module.py: name` or `module.name` in the tables of equations."""
     tables = re.findall(r"<!-- equations -->\n(.*?)<!-- end -->", text, re.S)
-    return re.findall(r"`(nvfp4|model|train|probes|analyze)\.([\w.]+)`", "".join(tables))
+    return re.findall(r"`(nvfp4|papers|model|train|probes|analyze)\.([\w.]+)`", "".join(tables))
 
 
 def find(module, name):
@@ -97,7 +97,7 @@ def test_functions_of_the_equation_tables_exist():
 # ---------------------------------------------------------------- the rooms
 
 FLOORS = {"nvfp4": 0, "assets.figures": 0, "data.files": 0, "configs.config": 1, "data.tokens": 1, "ranks": 1,
-          "probes": 1, "data.shards": 2, "model": 2, "memory": 3, "train": 4, "analyze": 5, "export": 5}
+          "papers": 1, "probes": 2, "data.shards": 2, "model": 2, "train": 3, "analyze": 4, "export": 4}
 
 
 def rooms():

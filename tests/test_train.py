@@ -20,6 +20,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ import stress  # noqa: E402
 import train  # noqa: E402
 from data.files import Lines, UserError  # noqa: E402
 from data.tokens import prepare, read_tokens, write_tokens  # noqa: E402
-from model import ABOUT, TENSORS, MoE, build, load_model  # noqa: E402
+from model import ABOUT, TENSORS, ModelConfig, MoE, build, load_model, outline, rank_bytes  # noqa: E402
 from nvfp4 import OPERANDS  # noqa: E402
 from stress import Process  # noqa: E402
 from train import load_config, make_config, unflatten  # noqa: E402
@@ -42,8 +43,8 @@ from train import load_config, make_config, unflatten  # noqa: E402
 RUNS = {                                            # kinds of runs that must go on bit for bit
     "ngpt": {},
     "gpt": {"arch": "gpt", "recipe": "nvfp4"},
-    "all random": {"fp4_stochastic": ",".join(OPERANDS), "fp4_unbiased": True, "fp4_hadamard": "wgrad",
-                   "fp4_signs": "fresh", "gradient_accumulation_steps": 2, "weight_decay": 0.1,
+    "all random": {"fp4_stochastic": ",".join(OPERANDS), "fp4_hadamard": "wgrad",
+                   "fp4_hadamard_signs": "fresh", "gradient_accumulation_steps": 2, "weight_decay": 0.1,
                    "schedule": "cosine", "warmup_steps": 3, "eval_iters": 3},
     "hybrid": {"pattern": "ME*", "n_ffn": 48, "mamba_n_head": 16, "mamba_head_dim": 4, "mamba_n_group": 2,
                "mamba_n_state": 16, "mamba_chunk": 8, "moe_n_expert": 4, "gradient_accumulation_steps": 2,
@@ -962,10 +963,44 @@ def test_two_runs_never_share_a_folder(tiny, whole, tmp_path):
     Lines(tmp_path / "log.txt", alone=True).close()
 
 
+def test_what_a_rank_keeps_of_a_model():
+    """In bytes, by hand: 4 each for weights, gradients and two moments. zero2 parts the moments; fsdp all,
+    but weights and gradients of the largest block, and of what is no block, are there whole."""
+    attention, mlp = 64 * (1 + 4 * 64), 64 * (1 + 2 * 192)                      # with the weights of a norm
+    others = 2 * 256 * 64 + 64                      # embedding, head and the last norm
+    n = attention + mlp + others
+    with torch.device("meta"):
+        sizes = build(ModelConfig(arch="gpt", pattern="*-", n_embd=64, n_head=2, n_ffn=192, vocab_size=256))
+    assert sum(p.numel() for p in sizes.parameters()) == n
+    for ranks in (1, 2, 4, 8):
+        assert rank_bytes("ddp", sizes, ranks) == 16 * n
+        assert rank_bytes("zero2", sizes, ranks) == 8 * n + 8 * n / ranks
+        whole = 8 * (mlp + others)
+        assert rank_bytes("fsdp", sizes, ranks) == whole + (16 * n - whole) / ranks
+    assert rank_bytes("zero2", sizes, 1) == rank_bytes("fsdp", sizes, 1) == 16 * n
+    assert rank_bytes("fsdp", sizes, 4) < rank_bytes("zero2", sizes, 4) < rank_bytes("ddp", sizes, 4)
+
+
+def test_a_model_that_does_not_fit_is_refused(tiny, tmp_path, monkeypatch):
+    """To the byte. What ranks on one machine need is there several times."""
+    c = load_config(tiny(tmp_path, vocab_size=256))
+    sizes, cpu = outline(c.model), torch.device("cpu")
+    need = rank_bytes("ddp", sizes, 1)
+    for free, beside, fits in ((need, 1, True), (need - 1, 1, False), (None, 1, True), (2 * need, 2, True),
+                               (2 * need - 1, 2, False)):
+        monkeypatch.setattr(train, "free_bytes", lambda device, free=free: free)
+        ranks = SimpleNamespace(world=beside, beside=beside)
+        if fits:
+            train.check_memory(c, sizes, cpu, ranks)
+            continue
+        with pytest.raises(UserError, match="GiB of a rank, .* GiB are free here; .*--parallel=fsdp"):
+            train.check_memory(c, sizes, cpu, ranks)
+
+
 def test_only_what_a_machine_can_hold_is_begun(tiny, tmp_path, monkeypatch):
-    for changes, says in (({"n_embd": 2**18, "n_head": 8}, "free here; what would fit: a smaller model"),
-                          ({"batch_size": 10**8}, "free here; what would fit: --batch_size=")):
-        assert says in refusal(tiny(tmp_path, **changes)) and not list(tmp_path.iterdir())
+    line = refusal(tiny(tmp_path, n_embd=2**18, n_head=8))
+    assert "weights, gradients and Adam's moments take" in line and "free here; take more ranks" in line
+    assert not list(tmp_path.iterdir())
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")):
         def fail(*_, error=error):
