@@ -822,7 +822,7 @@ class FP4Linear(torch.nn.Linear):
 
     function = FP4Function
     quantized = None                                # the weight as Both
-    seen = None                                     # of which weight, version, recipe and step that is
+    seen = None                                     # of which weight, version, device, recipe and step
     drawn = None                                    # (seed, step) that the keys belong to; None: to no step
 
     def __init__(self, linear, cfg, index=0):
@@ -868,7 +868,7 @@ class FP4Linear(torch.nn.Linear):
     def current_weight(self):
         """quantize_weight(), unless that has been done."""
         w = self.weight
-        version = w._version, self.cfg, self.drawn
+        version = w._version, w.device, self.cfg, self.drawn
         if self.quantized is None or self.seen[0] is not w or self.seen[1] != version:
             self.quantized, self.seen = self.quantize_weight(), (w, version)
         return self.quantized
@@ -882,8 +882,7 @@ class FP4Linear(torch.nn.Linear):
         if self.drawn is None and self.training and torch.is_grad_enabled():
             warnings.warn("random bits repeat and weights may be old: call set_step before every micro-batch",
                           stacklevel=2)
-        if self.keys.device != x.device:
-            self.keys, self.quantized = self.keys.to(x.device), None
+        self.keys = self.keys.to(x.device)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
@@ -1453,8 +1452,8 @@ def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
         ptx, swizzled = (found.nearest, found.stochastic), bool(found.matmul)
     x, block = x.contiguous(), FORMATS["nvfp4"].block
     (R, C), grid = x.shape, (triton.cdiv(x.shape[0], TILE) * triton.cdiv(x.shape[1], TILE),)
-    signs = [x if how is None or how["signs"] is None else how["signs"]         # x: will not be read
-             for how in (rows, columns)]
+    signs = [x if how is None or how["signs"] is None else                      # x: will not be read
+             torch.as_tensor(how["signs"], dtype=torch.float32, device=x.device) for how in (rows, columns)]
     slots = [0 if s is x else slot for slot, s in enumerate(signs, 1)]          # in _amax_kernel's maxima
     wanted = [slot for slot, how in zip(slots, (rows, columns), strict=True) if how and how["amax"] is None]
     maxima = None
@@ -1595,8 +1594,6 @@ def matmul_dot_scaled(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
                                     **NATIVE_OPTIONS)
     return y
 
-
-LAST_STREAM = {}                                    # {"scaled_mm": the stream that called it last}
 
 def matmul_scaled_mm(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
     """matmul() of codes by torch's own block-scaled matmul (cuBLAS), where the installed torch offers it."""
