@@ -12,7 +12,8 @@ A 4-bit float (E2M1: one sign bit, two exponent bits, one mantissa bit) has sixt
 
 far too few for a tensor whose values span decades. NVFP4 gives every block of 16 values a scale of its own,
 an 8-bit float (E4M3, up to 448), and the whole tensor one fp32 scale that moves the block scales into E4M3's
-range. In formulas a code is the number that it stands for:
+range. A code is stored as a number 0..7 and a sign; in formulas it means the grid number that it stands for,
+which e2m1() returns as value:
 
     value = code * scale * s_dec          4 bits each, 8 bits per 16, 32 bits per tensor
 
@@ -26,7 +27,7 @@ of a tensor with amax 3:
 
     x                       0.1   -2.5      3    0.7
     x / (scale * s_dec)     0.2     -5      6    1.4
-    code                      0     -4      6    1.5    5 lies halfway from 4 to 6: the even code, 4's, wins
+    code                      0     -4      6    1.5    5 is halfway: 4 is code 6, 6 code 7; the even one wins
     value                     0     -2      3   0.75
 
 A matrix product sums over one axis of each operand, and blocks lie along that axis. So a matrix is cut up
@@ -47,10 +48,10 @@ differently for different products. With tokens as rows and channels as columns:
 There is one convention: blocks lie along the last axis, the one that is summed. A product that sums over rows
 is given the transpose.
 
-A product multiplies codes and adds them up. code * scale has at most six significant bits, so it is exact in
-bf16: a bf16 GEMM on code * scale, times the two tensor scales at the end, *is* the FP4 GEMM up to the order
-of accumulation. That sentence is how this file trains in FP4 on machines without FP4 units. It measures the
-arithmetic of FP4 there, not its speed.
+A product multiplies codes and adds them up. A code has two significant bits and a scale four, so code * scale
+has at most six and is exact in bf16. Therefore a bf16 GEMM on code * scale, times the two tensor scales at
+the end, *is* the FP4 GEMM up to the order of accumulation. That sentence is how this file trains in FP4 on
+machines without FP4 units. It measures the arithmetic of FP4 there, not its speed.
 
 Training a linear layer takes three GEMMs, fprop, dgrad and wgrad. Each of its three matrices, x, w and dy,
 takes part in two of them, once along its rows and once along its columns. Which rounding, block, rotation and
@@ -95,6 +96,8 @@ except ImportError:                                 # the lesson runs on any dev
     triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=None)
 
 # ================================================================ 1 The lesson
+# Names that part 2 defines: fused(f, device) is f, compiled where that works. kernels_run(), native_way() and
+# decoded_dtype() ask for a GPU's units; a CPU has none. gemm(a, b, alpha, dtype) is alpha * a @ b^T.
 
 # ---------------------------------------------------------------- E2M1: rounding
 
@@ -136,8 +139,8 @@ FLT_MAX = torch.finfo(torch.float32).max
 
 
 def tensor_scales(amax, top=E4M3_MAX, target=E2M1_MAX):
-    """The tensor's encode and decode scale, fp32: its largest block is to have scale top and largest code
-    target.
+    """The tensor's encode and decode scale, fp32, so that its largest block gets scale top and its largest
+    element code target.
 
     value   s_enc = top * target / amax, at most FLT_MAX, 1 for an all-zero tensor; s_dec = 1 / s_enc; without
             a top both are 1
@@ -153,8 +156,8 @@ def tensor_scales(amax, top=E4M3_MAX, target=E2M1_MAX):
 
 
 def block_amax(blocks):
-    """Largest magnitude of each block, fp32. Of blocks with four axes, a block is what lies along the second
-    and the last, which stay, with length 1."""
+    """Largest magnitude of each block, fp32. x is cut to (M/h, h, K/block, block), so axes 1 and 3 span a
+    block; they stay, with length 1. They do so too where x is turned: (K/block, block, M/h, h)."""
     return blocks.float().abs().amax((1, 3), keepdim=True)
 
 
@@ -170,11 +173,13 @@ def e4m3_scales(blocks, s_enc, target):
 
 
 def encode_scale(scale, s_dec):
-    """What x is multiplied by to be in units of its code: 1 / (scale * s_dec), where the scale is 0 too."""
+    """What x is multiplied by to be in units of its code: 1 / (scale * s_dec). Where the scale is 0 that is
+    the largest fp32, because 0 * infinity would be NaN."""
     return torch.clamp((scale * s_dec).reciprocal(), max=FLT_MAX)
 
 
-UNBIASED = E2M1_MAX * 16 / 17                       # rounding a scale to E4M3 can enlarge x / scale by 17/16
+UNBIASED = E2M1_MAX * 16 / 17                       # a target from which no element exceeds 6: E4M3 rounds a
+                                                    # scale down by 1/17 at most. See Format.target_of()
 
 
 class Grid(NamedTuple):
@@ -271,14 +276,21 @@ def stream_key(seed, step, micro_batch, layer, operand):
 
 def as_key(seed, device):
     """A 64-bit integer, or the (2,) int64 tensor of its two words, as that tensor."""
-    return seed if torch.is_tensor(seed) else torch.tensor([seed & MASK32, (seed >> 32) & MASK32],
-                                                           device=device)
+    if torch.is_tensor(seed):
+        return seed.to(device)
+    return torch.tensor([seed & MASK32, (seed >> 32) & MASK32], device=device)
+
+
+def is_turned(x):
+    """Whether x lies turned in memory: it is the transpose of a matrix that lies row by row. Then we work on
+    x.t(), and copy nothing."""
+    return x.stride(0) == 1 < x.stride(-1)
 
 
 def random_bytes(key, M, K, turned=False):
-    """A number 0..255 for every element of a matrix (M, K): (M, K/16, 16), or (K/16, 16, M) of one that lies
-    turned in memory. The counter of 16 neighbours in a row is their position in the matrix, so no byte serves
-    two elements."""
+    """A number 0..255 for every element of a matrix (M, K): (M, K/16, 16), or (K/16, 16, M) where it lies
+    turned. The counter of 16 neighbours in a row is their position in the matrix, so no byte serves two
+    elements."""
     n, axis = K // PHILOX_BYTES, 1 if turned else 2
     index = torch.arange(M * n, device=key.device).view(M, n)
     index = index.t() if turned else index
@@ -306,10 +318,10 @@ def hadamard(x, signs=SIGNS):
     """
     signs = torch.as_tensor(signs, dtype=torch.float32, device=x.device)
     (M, K), n = x.shape, len(signs)
-    turn = fused(rotate, x.device) if n <= 32 else rotate                       # 128 take minutes to compile
-    if is_turned(x):                                # nothing is copied to turn it
-        return turn(x.t().reshape(K // n, n, M), signs, 1).view(K, M).t()
-    return turn(x.reshape(M, K // n, n), signs, 2).view(M, K)
+    apply = fused(rotate, x.device) if n <= 32 else rotate                      # 128 take minutes to compile
+    if is_turned(x):
+        return apply(x.t().reshape(K // n, n, M), signs, 1).view(K, M).t()
+    return apply(x.reshape(M, K // n, n), signs, 2).view(M, K)
 
 
 def rotate(runs, signs, axis):
@@ -320,11 +332,6 @@ def rotate(runs, signs, axis):
         v = [v[j - distance] - v[j] if j & distance else v[j] + v[j + distance] for j in range(len(v))]
         distance *= 2
     return torch.stack([w * len(v) ** -0.5 for w in v], axis).to(runs.dtype)
-
-
-def is_turned(x):
-    """Whether x is the transpose of a matrix in memory."""
-    return x.stride(0) == 1 < x.stride(-1)
 
 
 # ---------------------------------------------------------------- quantize
@@ -373,7 +380,7 @@ class Decoded(NamedTuple):
     """The same matrix with codes and scales multiplied out, for chips without FP4 units.
 
     values  code * scale (M, K), exact in bf16
-    s_dec   as of Quantized, but on the CPU where amax was given: so no one has to ask the GPU for it
+    s_dec   as of Quantized; from a GPU's kernels on the CPU where amax was given: no one waits for the GPU
     """
     values: torch.Tensor
     s_dec: torch.Tensor
@@ -415,6 +422,7 @@ def round_blocks(blocks, amax, key, form, target, decode, turned):
     return torch.where(negative, -value, value).to(decode), scale, s_dec
 
 
+@torch.compiler.disable                             # fused with what is around it, its bits would be others
 def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=None, unbiased=False, signs=None,
              decode=None):
     """Quantize a matrix, in blocks along its last axis.
@@ -516,6 +524,7 @@ class Both(NamedTuple):
     columns: Quantized | Decoded | torch.Tensor
 
 
+@torch.compiler.disable
 def quantize_both(x, rows=None, columns=None):
     """x (M, N) for two GEMMs, quantized along its rows and along its columns; a GPU reads it once for both.
 
@@ -534,7 +543,8 @@ def quantize_both(x, rows=None, columns=None):
 
 
 def turned_over(rows, columns):
-    """Whether columns will be the rows turned over, which holds for square blocks, to nearest."""
+    """Whether the columns are the rows transposed, so that one pass gives both. That holds for square blocks
+    that are decoded, rounded to nearest and not rotated."""
     if not (rows and columns and rows["square"] and rows["decode"]) or rows["stochastic"]:
         return False
     return rows["signs"] is None and {**rows, "seed": None} == {**columns, "seed": None}
@@ -551,7 +561,11 @@ def whole(how):
 
 
 # ---------------------------------------------------------------- matmul
+# A mixture of experts has E weights, (E, N, K), and each token uses a few of them. Tokens are sorted by
+# expert and quantized as one matrix, and so is w, as (E N, K); only products are made expert by expert. ends
+# (E,) says where each expert's tokens end. An ordinary layer has ends = None: grouped() is its one product.
 
+@torch.compiler.disable
 def matmul(a, b, dtype=torch.float32, ends=None):
     """a (M, K) @ b (N, K)^T -> (M, N) in dtype; both quantized, or both in high precision.
 
@@ -607,9 +621,7 @@ def grouped(product, a, b, ends):
 
 
 # ---------------------------------------------------------------- the three GEMMs of a linear layer
-# x (M, K) of M tokens, w (N, K) and dy (M, N) come as Both: quantized along rows and along columns. In a
-# mixture of E experts each token meets but a few. Tokens are sorted by expert and quantized as one matrix, w
-# as (E N, K); only the products are made expert by expert, whose tokens end at ends.
+# x (M, K) of M tokens, w (N, K) and dy (M, N) come as Both: quantized along rows and along columns.
 
 GEMMS = ("fprop", "dgrad", "wgrad")
 OPERANDS = ("fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x")
@@ -634,8 +646,8 @@ def dgrad(dy, w, dtype, ends=None):
 
 
 def wgrad(dy, x, dtype, ends=None):
-    """dw = dy^T x (N, K): sums over M, the tokens. In the fp32 of the master weight, because micro-batches
-    and ranks are summed.
+    """dw = dy^T x (N, K): sums over M, the tokens. The result is fp32, like the master weight, because
+    micro-batches and ranks are added up.
 
     dy.columns  (N, M)   wgrad.dy   stochastic; NVIDIA: rotated
     x.columns   (K, M)   wgrad.x    nearest; NVIDIA: rotated by the same signs; nGPT: amax = 1
@@ -676,17 +688,22 @@ class FP4Config:
         FORMATS[self.format].shape_of(self.square_weights)
 
     def format_of(self, name):
-        """The format of one of OPERANDS."""
+        """The format of one of OPERANDS. papers.py has recipes where it is not the same for all."""
         return self.format
 
     def signs_of(self, gemm_name, keys):
-        """The signs of a GEMM's rotation, which are the same for both its operands."""
+        """The signs of a GEMM's rotation, the same for both its operands. In papers.py GEMMs differ."""
         return as_signs(SIGNS, keys.device)
 
     @property
     def whole_channels(self):
         """What a layer's N is filled up to a multiple of, because dgrad sums over it."""
         return FORMATS[self.format].block
+
+    @property
+    def active(self):
+        """Whether a layer does anything else than nn.Linear."""
+        return bool(self.gemms)
 
     @property
     def layer(self):
@@ -702,8 +719,8 @@ class FP4Config:
         high precision.
 
         keys    (6, 2) int64, layer_keys()
-        result  dtype of the GEMM's result: a chip without FP4 units wants its operands Decoded for it; None:
-                packed on any chip, as what is kept for the backward
+        result  dtype of the GEMM's result. Without FP4 units the operand is Decoded, so that the GEMM can
+                start at once. None: the operand stays packed, because it is kept until the backward
         experts whether it is a grouped GEMM, which takes no packed operands here
         """
         gemm_name, matrix = name.split(".")
@@ -775,8 +792,12 @@ class FP4Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, quantized_w, keys, cfg, ends):
-        """y (M, N) of x (M, K) and the master weight w (N, K), with Both of w; the rest as in FP4Linear."""
-        (needs_dw, N), experts = (ctx.needs_input_grad[1], w.shape[-2]), ends is not None
+        """y (M, N) of x (M, K). The product uses quantized_w, Both of w.
+
+        The master weight w (N, K) is here only so that autograd gives it dw: unchanged, as if rounding had
+        the slope 1, for its true slope is 0 nearly everywhere (the straight-through estimator).
+        """
+        needs_dw, experts, N = ctx.needs_input_grad[1], ends is not None, w.shape[-2]
         for_wgrad = cfg.operand("wgrad.x", keys) if needs_dw else None
         x_both = quantize_both(x, cfg.operand("fprop.x", keys, x.dtype, experts), for_wgrad)
         save(ctx, keys, ends, quantized_w.columns, x_both.columns if needs_dw else None)
@@ -822,7 +843,7 @@ class FP4Linear(torch.nn.Linear):
 
     function = FP4Function
     quantized = None                                # the weight as Both
-    seen = None                                     # of which weight, version, device, recipe and step
+    seen = None                                     # of which weight, contents, recipe and step that is
     drawn = None                                    # (seed, step) that the keys belong to; None: to no step
 
     def __init__(self, linear, cfg, index=0):
@@ -832,6 +853,8 @@ class FP4Linear(torch.nn.Linear):
         self.cfg, self.index = cfg, index           # index: which linear layer, for the random stream
         # no buffer: DistributedDataParallel would overwrite it with the first rank's
         self.keys = layer_keys(0, 0, 0, index)
+        if not isinstance(self, cfg.layer):
+            raise ValueError(f"this recipe needs a {cfg.layer.__name__}; make it by cfg.layer(linear, cfg)")
         cfg.check_layer(self)
 
     def quantize_weight(self):
@@ -840,7 +863,7 @@ class FP4Linear(torch.nn.Linear):
         return self.by_expert(quantize_both(self.filled_weight(), for_fprop, for_dgrad))
 
     def weight_operands(self):
-        """Arguments of quantize() for fprop.w and dgrad.w."""
+        """Arguments of quantize() for fprop.w and dgrad.w. Inputs are not known yet: taken to be bf16."""
         experts = self.weight.dim() == 3
         return (self.cfg.operand(name, self.keys, torch.bfloat16, experts) for name in ("fprop.w", "dgrad.w"))
 
@@ -868,7 +891,8 @@ class FP4Linear(torch.nn.Linear):
     def current_weight(self):
         """quantize_weight(), unless that has been done."""
         w = self.weight
-        version = w._version, w.device, self.cfg, self.drawn
+        self.keys = self.keys.to(w.device)
+        version = w._version, w.data_ptr(), w.dtype, self.cfg, self.drawn
         if self.quantized is None or self.seen[0] is not w or self.seen[1] != version:
             self.quantized, self.seen = self.quantize_weight(), (w, version)
         return self.quantized
@@ -877,17 +901,17 @@ class FP4Linear(torch.nn.Linear):
     # longer than with the layer as operators inside of the graph, and half as many graphs are compiled.
     @torch.compiler.disable
     def forward(self, x, ends=None):
-        if not self.cfg.gemms or x.numel() == 0:
+        if not self.cfg.active or x.numel() == 0:
             return self.plain_forward(self, x, *([] if ends is None else [ends]))
         if self.drawn is None and self.training and torch.is_grad_enabled():
             warnings.warn("random bits repeat and weights may be old: call set_step before every micro-batch",
                           stacklevel=2)
-        self.keys = self.keys.to(x.device)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
-            y = self.function.apply(x.reshape(-1, self.in_features), self.weight, self.current_weight(),
-                                    self.keys, self.cfg, ends)
+            w = self.weight if torch.is_grad_enabled() else self.weight.detach()    # else dw is prepared for
+            y = self.function.apply(x.reshape(-1, self.in_features), w, self.current_weight(), self.keys,
+                                    self.cfg, ends)
             y = y.view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -899,6 +923,7 @@ def fp4_layers(model):
     return [m for m in model.modules() if isinstance(m, FP4Linear)]
 
 
+@torch.inference_mode(False)
 def set_step(model, seed, step, micro_batch=0):
     """Give every FP4 layer its random keys for one micro-batch, which counts over all ranks of a step. In a
     new step weights are quantized anew."""
@@ -911,14 +936,14 @@ def set_step(model, seed, step, micro_batch=0):
 
 
 def forget_weights(model, *_):
-    """Let go of quantized weights; as a hook after the forward of what has its weights gathered for it."""
+    """Let go of quantized weights. A forward hook where FSDP gathers weights: both are freed together."""
     for m in fp4_layers(model):
         m.quantized = None
 
 
 def switch_late(model, done):
-    """Late switch: where done, the part of training that is over, has reached a layer's cfg.until, its
-    cfg.switched GEMMs run in high precision from now on. Returns whether that is news to a layer.
+    """Late switch: when done, from 0 to 1, reaches a layer's cfg.until, its cfg.switched GEMMs leave FP4.
+    Returns whether one did now.
 
     source  2509.25149 section 5: all of them, or fprop alone, shortly before the learning rate decays;
             2505.19115: dgrad and wgrad, for a short phase at the end
@@ -957,7 +982,7 @@ def convert(model, cfg, report=print):
     """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     if "" in linears:
-        raise ValueError("the model is itself a linear layer; use FP4Linear(model, cfg)")
+        raise ValueError("the model is itself a linear layer; use cfg.layer(model, cfg)")
     if not cfg.gemms:
         report(f"converted 0/{len(linears)} linears: no GEMM is set to run in FP4")
         return model
@@ -1082,11 +1107,13 @@ def gemm(a, b, alpha, dtype):
 def setting(of, name, value):
     """Context: a setting of torch's has this value."""
     before = getattr(of, name)
-    setattr(of, name, value)
+    if before != value:
+        setattr(of, name, value)
     try:
         yield
     finally:
-        setattr(of, name, before)
+        if before != value:
+            setattr(of, name, before)
 
 
 def scale_result(y, alpha, dtype):
@@ -1595,9 +1622,15 @@ def matmul_dot_scaled(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
     return y
 
 
+SERVED = {}                                         # torch keeps the alpha of scaled_mm in one GPU's memory
+
+
 def matmul_scaled_mm(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
     """matmul() of codes by torch's own block-scaled matmul (cuBLAS), where the installed torch offers it."""
     from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
+    if SERVED.setdefault("scaled_mm", a.device) != a.device:
+        raise RuntimeError(f"torch's scaled_mm serves one GPU of a process, here {SERVED['scaled_mm']}; "
+                           "torchrun gives each GPU a process")
     scaling = [ScalingType.BlockWise1x16, ScalingType.TensorWise]
     order = [SwizzleType.SWIZZLE_32_4_4, SwizzleType.NO_SWIZZLE]
     a, b = (t.contiguous().view(torch.float4_e2m1fn_x2) for t in (a, b))

@@ -1,4 +1,4 @@
-"""What other papers do otherwise than NVFP4 and its two recipes: a section a paper, rows and subclasses.
+"""Other papers' recipes, as differences from NVFP4. A section is a paper, with rows and subclasses.
 
 nvfp4.py does not know this file. Importing it adds its formats to nvfp4.FORMATS and its recipes to
 nvfp4.RECIPES; a format of your own is a row like these, and takes ten to thirty lines.
@@ -82,9 +82,9 @@ FORMATS["nvfp4_46"] = Format("nvfp4_46", top=256.0, scales=four_six_scales, read
 # ---------------------------------------------------------------- MS-EDEN: 2601.22813, Quartet II
 
 def eden_scales(a, value, scale, random):
-    """Codes are rounded to nearest, and what that takes from a block's length its scale gives back, rounded
-    stochastically. Over rotations drawn at random the average is then x, with the small error of rounding to
-    nearest.
+    """Codes are rounded to nearest, which shrinks or stretches the block. Its scale is multiplied by S, so
+    that <a, S value> = <a, a>, and rounded stochastically. Over random rotations the average is then x, with
+    the small error of rounding to nearest.
 
     a, value, scale     blocks with four axes: |x| in units of the scale, rounded, and the scale
     random              bytes for each element, of which two a block are used, or None: to nearest
@@ -98,7 +98,7 @@ def eden_scales(a, value, scale, random):
     if random is None:
         return torch.clamp(wanted, max=E4M3_MAX).to(torch.float8_e4m3fn).float()
     _, exponent = torch.frexp(wanted.clamp(min=2.0**-6))
-    step = torch.ldexp(torch.ones_like(wanted), exponent - 4)                   # E4M3's: 8 to 15 of it
+    step = torch.ldexp(torch.ones_like(wanted), exponent - 4)                   # E4M3's: wanted has 8 to 16
     first, second = (random.narrow(axis_of(random), i, 1).float() for i in (0, 1))
     steps = torch.floor((torch.floor(wanted / step * 65536) + (first * 256 + second)) * (1 / 65536))
     return torch.clamp(steps * step, max=E4M3_MAX)
@@ -109,7 +109,7 @@ def axis_of(blocks):
     return 1 if blocks.shape[1] > 1 else 3
 
 
-TARGET_EDEN = UNBIASED / 0.93                       # has the least error, to nearest with a corrected scale
+TARGET_EDEN = UNBIASED / 0.93                       # this target has the least error, by the paper
 FORMATS["ms_eden"] = Format("ms_eden", top=256.0, target=TARGET_EDEN, target_unbiased=TARGET_EDEN,
                             correct=eden_scales, squares=False, reads_as_nvfp4=True)
 
@@ -138,7 +138,7 @@ def e1m2_value(code):
     return code
 
 
-# The paper's blocks and scales are not in what we have. These are NVFP4's, the largest code included.
+# The text that we have of the paper does not give its blocks and scales. We take NVFP4's.
 FORMATS["ufp4"] = Format("ufp4", Grid(e1m2, e1m2_value), target=7.0, target_unbiased=7 * 16 / 17)
 
 
@@ -221,15 +221,17 @@ def split_outliers(x, quantile):
 
 
 def dge_slope(w, how, k, clip=3.0):
-    """DGE, the differentiable gradient estimator: what dw is multiplied by, the slope of a smooth curve
-    through the steps of rounding. For a weight that is quantized by how, arguments of quantize(); fp32 of w's
-    shape. With u in [-1, 1] the place of w, in units of its scale, between two codes:
+    """DGE, the differentiable gradient estimator: what dw is multiplied by. It is the slope of a smooth curve
+    through the steps of rounding.
 
-    value   f'(u) = 1/k |u|^(1/k - 1), at most clip: 1/k next to a code, most where rounding jumps
+    how     arguments of quantize(), by which the weight w is quantized
+    returns fp32, of w's shape
+    value   with u in [-1, 1] the place of w, in units of its scale, between two codes: f'(u) =
+            1/k |u|^(1/k - 1), at most clip: 1/k next to a code, most where rounding jumps
     source  section 3.2
     """
     form, rows = FORMATS[how["format"]], w.float().flatten(0, -2)               # of all experts
-    q = quantize(rows, **how | {"decode": None})
+    q = quantize(rows, **how | {"decode": None, "signs": None, "stochastic": False})
     s_dec = q.s_dec[..., None] if q.s_dec.dim() else q.s_dec
     blocks = rows.abs().unflatten(1, (-1, form.block))
     a = torch.clamp(blocks * form.encode_scale(q.scale_of_lines(), s_dec), max=E2M1_MAX)
@@ -270,10 +272,16 @@ class PaperConfig(FP4Config):
             raise ValueError(f"fp4_e5m2={gemm_name} must not be in FP4; take it out of fp4_gemms")
         if self.dge_k is not None and not self.dge_k >= 1:
             raise ValueError(f"fp4_dge_k={self.dge_k} must be 1 or more")
-        if self.dge_k is not None and FORMATS[self.format].grid is not E2M1:
-            raise ValueError(f"fp4_dge_k={self.dge_k} must go with E2M1, and {self.format} has another grid")
+        form = FORMATS[self.format]
+        if self.dge_k is not None and (form.grid is not E2M1 or form.correct):
+            raise ValueError(f"fp4_dge_k={self.dge_k} must go with scales and a grid like NVFP4's, and "
+                             f"{self.format} has others")
         if self.occ is not None and not 0.5 < self.occ <= 1:
             raise ValueError(f"fp4_occ={self.occ} must be a quantile in (0.5, 1]")
+
+    @property
+    def active(self):
+        return bool(self.gemms or self.e5m2)
 
     @property
     def layer(self):
@@ -312,8 +320,8 @@ def drawn_signs(key, size):
 
 
 def from_codes(rows, how, dtype):
-    """A matrix, quantized along its rows, as the operand along its columns that its 4-bit values make, which
-    is quantized once more or, without how, left in dtype.
+    """Decode a matrix that is quantized along its rows, and quantize its transpose by how; without how the
+    transpose stays in dtype.
 
     source  2601.22813 section 4, 2510.27527: the gradient at the weights and inputs that the forward had
     """
@@ -325,7 +333,7 @@ class PaperFunction(FP4Function):
 
     @staticmethod
     def forward(ctx, x, w, quantized_w, keys, cfg, ends):
-        (needs_dw, N), experts = (ctx.needs_input_grad[1], w.shape[-2]), ends is not None
+        needs_dw, experts, N = ctx.needs_input_grad[1], ends is not None, w.shape[-2]
         clamps = cfg.occ is not None and "fprop" in cfg.gemms
         inside, outliers = split_outliers(x, cfg.occ) if clamps else (x, None)
         packs = needs_dw and cfg.reuse_codes        # codes are kept, for the backward
@@ -407,7 +415,8 @@ RECIPES |= {
     "mxfp4_h16": PaperConfig(format="mxfp4", stochastic=(), hadamard=("wgrad",), hadamard_signs="none"),
     # 2606.20381: a uniform grid in all three GEMMs, all rotated; dy alone is rounded stochastically.
     "ufp4": FP4Config(format="ufp4", square_weights=False, hadamard=GEMMS),
-    # 2604.08826: all to nearest, wgrad rotated. Its size is not in what we have, nor which layers stay out.
+    # 2604.08826: all to nearest, wgrad rotated. The text that we have gives neither the rotation's size nor
+    # the layers that stay in BF16.
     "hif4": FP4Config(format="hif4", square_weights=False, stochastic=(), hadamard=("wgrad",)),
 }
 

@@ -141,6 +141,8 @@ def current_names(flat):
     flat = dict(flat)
     if "fp4_weight_block" in flat:
         flat["fp4_square_weights"] = flat.pop("fp4_weight_block") == "16x16"
+    if "fp4_signs" in flat:
+        flat["fp4_hadamard_signs"] = flat.pop("fp4_signs")
     return flat
 
 
@@ -494,7 +496,7 @@ def make_model(c, ranks, device, report, begins):
         model = ranks.split(nvfp4.convert(outline(c.model), c.fp4, report))
         if c.parallel == "fsdp":                    # 4-bit weights go with those they were made of
             for block in model.blocks:
-                block.register_forward_hook(nvfp4.forget_weights)
+                block.register_forward_hook(nvfp4.forget_weights, always_call=True)
         if begins:
             ranks.fill(model, build(c.model) if ranks.first else model)
     else:

@@ -3,6 +3,7 @@
 Every group has a negative control: the same check fails on something broken. All run the eager definition,
 which needs no compiler; the last group holds the compiled code to it.
 """
+import copy
 import re
 import shutil
 import sys
@@ -723,6 +724,74 @@ def test_the_same_weight_is_quantized_anew_in_a_new_step_alone():
     assert layer.quantized is None and again() and not again()
     layer.cfg = replace(layer.cfg, weight_amax=1.0)
     assert again() and not again()
+
+
+def test_a_weight_with_other_contents_is_noticed():
+    """A copy of a layer, loaded anew, has the version that the copied weight had; a cast and a change of .data
+    leave it as it was."""
+    layer, (x, _) = make_layer(FP4Config()), batch(32)
+    other = {"weight": gaussian(96, 64, seed=5)}
+    layer.eval()
+    before = layer(x)
+    copy_ = copy.deepcopy(layer)
+    assert torch.equal(copy_(x), before)
+    copy_.load_state_dict(other)
+    assert torch.equal(layer(x), before) and not torch.equal(copy_(x), before)
+    layer.weight.data = other["weight"].clone()
+    assert torch.equal(layer(x), copy_(x))
+    layer.bfloat16()
+    assert torch.equal(layer(x), make_like(layer)(x)) and not torch.equal(layer(x), copy_(x))
+
+
+def make_like(layer):
+    """A layer with the same weight that has quantized nothing yet."""
+    fresh = copy.deepcopy(layer)
+    nvfp4.forget_weights(fresh)
+    return fresh
+
+
+def test_a_step_opened_in_inference_mode_serves_training():
+    layer, (x, dy) = make_layer(FP4Config()), batch(32)
+    with torch.inference_mode():
+        nvfp4.set_step(layer, *PLACE)
+        layer(x)
+    want = run(make_layer(FP4Config()), x, dy)
+    assert all(same(g, w) for g, w in zip(run(layer, x, dy), want, strict=True))
+
+
+def test_an_evaluation_quantizes_for_no_backward(monkeypatch):
+    """Without gradients x is quantized once, for fprop; with them for wgrad too."""
+    layer, (x, _), shapes = make_layer(FP4Config()), batch(32), []
+    original = nvfp4.quantize
+    monkeypatch.setattr(nvfp4, "quantize",
+                        lambda x, **how: shapes.append(tuple(x.shape)) or original(x, **how))
+    for grad, want in ((False, [(32, 64)]), (True, [(32, 64), (64, 32)])):
+        layer(x)                                    # the weight
+        shapes.clear()
+        with torch.set_grad_enabled(grad):
+            layer(x)
+        assert shapes == want
+
+
+def test_gradients_in_fp8_outlive_a_late_switch():
+    """When the last GEMM leaves FP4, what is left of the recipe still holds."""
+    x, dy = batch(64)
+    cfg = PaperConfig(gemms=("fprop",), e5m2=("dgrad",), until=0.5, switched=("fprop",))
+    layer, plain = make_layer(cfg), run(make_layer(replace(cfg, e5m2=())), x, dy)
+    assert nvfp4.switch_late(layer, 0.5)
+    y, dx, dw = run(layer, x, dy)
+    want = by_definition(make_layer(PaperConfig(gemms=())), x, dy)
+    assert same(y, want[0]) and same(dw, want[2]) and same(dx, e5m2(dy) @ layer.weight.detach())
+    assert not same(dx, plain[1])
+
+
+def test_a_layer_of_another_class_is_refused():
+    with pytest.raises(ValueError, match="this recipe needs a PaperLinear"):
+        FP4Linear(torch.nn.Linear(64, 96), RECIPES["fp4_dge_occ"])
+    assert type(RECIPES["nvfp4_46"].layer(torch.nn.Linear(64, 96), RECIPES["nvfp4_46"])) is FP4Linear
+    for form in ("ufp4", "ms_eden"):
+        with pytest.raises(ValueError, match="fp4_dge_k=5.0 must go with scales and a grid like NVFP4's"):
+            PaperConfig(format=form, square_weights=False, dge_k=5.0)
 
 
 def test_a_replaced_weight_is_noticed():
