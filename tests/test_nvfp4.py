@@ -727,8 +727,8 @@ def test_the_same_weight_is_quantized_anew_in_a_new_step_alone():
 
 
 def test_a_weight_with_other_contents_is_noticed():
-    """A copy of a layer, loaded anew, has the version that the copied weight had; a cast and a change of .data
-    leave it as it was."""
+    """A copy of a layer, loaded anew, has the version that the copied weight had; a cast and a change of
+    .data leave it as it was."""
     layer, (x, _) = make_layer(FP4Config()), batch(32)
     other = {"weight": gaussian(96, 64, seed=5)}
     layer.eval()
