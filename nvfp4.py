@@ -363,12 +363,15 @@ class Quantized(NamedTuple):
             return decode(codes, scale.permute(1, 2, 0), form, dtype, 2).view(K, M).t()
         return decode(codes.reshape(M, K // b, b // 2), scale, form, dtype, 3).view(M, K)
 
-    def scale_of_lines(self):
-        """Block scales of every line, fp32: (M, K/block, 1), or one for every two values (M, K/block,
-        block/2)."""
+    def scale_of_blocks(self):
+        """fp32: (M/h, K/block, 1), or one for every two values, (M, K/block, block/2)."""
         form, scale = FORMATS[self.format], unswizzle(self.scales, *self.shape)
-        scale = form.unpack_scale(scale) if form.unpack_scale else scale.float()[..., None]
-        height = len(self.codes) // len(scale)      # of a square block, for each of its lines
+        return form.unpack_scale(scale) if form.unpack_scale else scale.float()[..., None]
+
+    def scale_of_lines(self):
+        """The same for every line of square blocks: M in place of M/h."""
+        scale = self.scale_of_blocks()
+        height = len(self.codes) // len(scale)
         return scale if height == 1 else scale.repeat_interleave(height, 0)
 
     def dequantize(self, dtype=torch.float32):
@@ -710,6 +713,10 @@ class FP4Config:
         """The class of the layers that convert() makes."""
         return FP4Linear
 
+    def remarks(self, name):
+        """Words for what papers.py does to one of OPERANDS beside what operand() says."""
+        return []
+
     def without(self, gemms):
         """The same recipe with these GEMMs in high precision."""
         return replace(self, gemms=tuple(name for name in self.gemms if name not in gemms))
@@ -837,8 +844,8 @@ class FP4Linear(torch.nn.Linear):
     ends a multiple of the block. Any N will do: it is filled up with zeros.
 
     The fp32 master weight is quantized once a step and serves every micro-batch. It is quantized anew when
-    set_step() begins another step, and when its version counter has moved. A fused optimizer does not move
-    that, and neither do changes through weight.data: so call set_step().
+    set_step() begins another step, and when its version counter or its address has changed. A fused optimizer
+    changes neither, and weight.data.copy_() does not: so call set_step().
     """
 
     function = FP4Function
@@ -1091,16 +1098,18 @@ def gemm(a, b, alpha, dtype):
     """
     want = gemm_dtype(a.device, dtype)
     a, b, empty = a.to(want), b.to(want).t(), a.new_empty((), dtype=want)
+    waits = alpha is not None and alpha.is_cuda     # to know it would be to wait for the GPU
+    known = None if waits else 1.0 if alpha is None else float(alpha)
     if a.is_cuda:                                   # partial sums stay in fp32
         with setting(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False):
-            if dtype == torch.bfloat16 and not (alpha is not None and alpha.is_cuda):
-                return torch.addmm(empty, a, b, beta=0, alpha=1.0 if alpha is None else float(alpha))
+            if dtype == torch.bfloat16 and not waits:
+                return torch.addmm(empty, a, b, beta=0, alpha=known)
             y = torch.mm(a, b, out_dtype=torch.float32)
             return y.to(dtype) if alpha is None else scale_result(y, alpha, dtype)
     # fp32 in and out, multiplied as bf16 where the CPU has units for it: exact for these operands
     precision = "bf16" if cpu_has_bf16() else torch.backends.mkldnn.matmul.fp32_precision
     with setting(torch.backends.mkldnn.matmul, "fp32_precision", precision):
-        return torch.addmm(empty, a, b, beta=0, alpha=1.0 if alpha is None else float(alpha)).to(dtype)
+        return torch.addmm(empty, a, b, beta=0, alpha=known).to(dtype)
 
 
 @contextlib.contextmanager
@@ -1459,6 +1468,13 @@ def constant(value, device):
     return torch.full((), value, device=device)
 
 
+@functools.cache
+@torch.inference_mode(False)                        # what an evaluation finds first, a backward may keep
+def given_s_dec(amax, top, target):
+    """s_dec of an amax that is a number, on the CPU: found once, and no one asks the GPU for it."""
+    return tensor_scales(torch.tensor(float(amax)), top, target)[1]
+
+
 def on(device):
     """Context: Triton launches on the current device, which need not be that of its arguments."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -1508,7 +1524,7 @@ def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
             q = Quantized(out.view(torch.uint8), scales.view(form.scale_dtype), s_dec, form.name)
         else:
             out = x.new_empty((block * n_blocks if turned else R, C), dtype=how["decode"])
-            known = s_dec if fixed is None else tensor_scales(torch.tensor(float(fixed)), form.top, target)[1]
+            known = s_dec if fixed is None else given_s_dec(fixed, form.top, target)
             q = Decoded(out.t() if turned else out, known)
         pointers += [out, scales, s_dec, amax, as_key(how["seed"], x.device) if stochastic else x, sign]
         flags.append((height, target, stochastic, sign is not x, how["decode"] is not None,
@@ -1840,11 +1856,11 @@ def recipe_changes(cfg):
 
 def describe_operand(cfg, name):
     """What a recipe gives one of OPERANDS, in words; None: high precision."""
-    how = cfg.operand(name, torch.zeros(len(OPERANDS), 2, dtype=torch.int64))
+    how, remarks = cfg.operand(name, torch.zeros(len(OPERANDS), 2, dtype=torch.int64)), cfg.remarks(name)
     if how is None:
-        return None
+        return ", ".join(remarks) or None
     form = FORMATS[how["format"]]
-    words = [form.name] * (form.name != cfg.format)
+    words = remarks + [form.name] * (form.name != cfg.format)
     words += ["stochastic" if how["stochastic"] else "nearest",
               "a row" if form.by_row else "%dx%d" % form.shape_of(how["square"])]
     if how["signs"] is not None:

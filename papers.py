@@ -287,6 +287,13 @@ class PaperConfig(FP4Config):
     def layer(self):
         return PaperLinear if self.reuse_codes or self.dge_k or self.occ or self.e5m2 else FP4Linear
 
+    def remarks(self, name):
+        if name in [f"{gemm_name}.dy" for gemm_name in self.e5m2]:
+            return ["FP8 E5M2"]
+        of_codes = ["of fprop's codes"] * (self.reuse_codes and name in ("dgrad.w", "wgrad.x"))
+        high = name.split(".")[0] not in self.gemms
+        return ["high precision"] * (high and bool(of_codes)) + of_codes
+
     def without(self, gemms):
         return replace(super().without(gemms), e5m2=tuple(name for name in self.e5m2 if name not in gemms))
 

@@ -207,8 +207,7 @@ def rounding(x, draws=16, seed=0, **kw):
 def histograms(q):
     """Counts of the 16 codes of a Quantized, and {e: its block scales from 2^e up to 2^(e+1)}."""
     codes = torch.bincount(torch.stack([q.codes & 15, q.codes >> 4]).flatten().int(), minlength=16)
-    scales, form = nvfp4.unswizzle(q.scales, *q.shape), FORMATS[q.format]
-    scales = form.unpack_scale(scales).amax(2) if form.unpack_scale else scales.float()
+    scales = q.scale_of_blocks().amax(2)
     exponents, counts = scales[scales > 0].log2().floor().int().unique(return_counts=True)
     return codes.tolist(), dict(zip(exponents.tolist(), counts.tolist(), strict=True))
 

@@ -1,7 +1,7 @@
 """How our pictures look, and the README's own pictures. Needs matplotlib, which nothing else does.
 
     python assets/figures.py blocks                             three kinds of block, and their scales
-    python nvfp4.py --json | python assets/figures.py gemms     what each operand gets in each recipe
+    python papers.py --json | python assets/figures.py gemms    what each operand gets in each recipe
     python assets/figures.py losses RUN ...                     losses of finished runs
 
 A picture is a list of panels; a panel is (title, x label, y label, curves, settings of its axes), a curve is
@@ -155,7 +155,7 @@ EQUATIONS = {"fprop": ("fprop    y = x w$^T$", "sums over input channels", "forw
 
 
 def gemms(path, _):
-    """What each operand of the three GEMMs gets in each recipe that quantizes any; recipes from nvfp4.py."""
+    """What each operand of the three GEMMs gets in each recipe that quantizes any; recipes from papers.py."""
     from matplotlib.patches import FancyBboxPatch
     recipes = json.load(sys.stdin)["recipes"]
     recipes = {name: operands for name, operands in recipes.items() if any(operands.values())}

@@ -1074,6 +1074,16 @@ def test_walk_shows_what_quantize_does(capsys):
         assert "\n" not in stopped.value.code and wrong[-1] in stopped.value.code
 
 
+def test_the_tour_says_what_papers_add():
+    """Operands made of fprop's codes and gradients in FP8, which are no arguments of quantize()."""
+    occ, fp8 = RECIPES["fp4_dge_occ"], PaperConfig(gemms=("fprop",), e5m2=("wgrad",))
+    assert nvfp4.describe_operand(occ, "dgrad.w") == "high precision, of fprop's codes"
+    assert nvfp4.describe_operand(RECIPES["tetrajet2"], "wgrad.x") == (
+        "of fprop's codes, stochastic, 1x16, rotated")
+    assert nvfp4.describe_operand(fp8, "wgrad.dy") == "FP8 E5M2"
+    assert nvfp4.describe_operand(fp8, "dgrad.dy") is nvfp4.describe_operand(occ, "wgrad.dy") is None
+
+
 def test_the_four_numbers_of_the_lesson():
     """Every number of the walk on nvfp4.py's first page is what quantize() makes of its first row."""
     page = nvfp4.__doc__
