@@ -39,7 +39,7 @@ import torch
 import nvfp4
 import train
 from assets.figures import COLOURS, curves, draw
-from data.files import Stop, UserError, catch_signals, command, naming, read_json, run_all, write_json
+from data.run import Stop, UserError, catch_signals, command, naming, read_json, run_all, write_json
 from data.tokens import batch_at, load_data, val_starts
 from model import flops_per_token, load_checkpoint, newest_checkpoint, outline
 from nvfp4 import FORMATS, RECIPES, quantize

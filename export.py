@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 import nvfp4
 from configs.config import check_choice
-from data.files import UserError, command, naming, read_json, write_whole
+from data.run import UserError, command, naming, read_json, write_whole
 from data.tokens import data_folder, load_tokenizer
 from model import build
 from nvfp4 import FORMATS, RECIPES, Both, Decoded, FP4Linear, Quantized

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configs.config import Count, NotNegative, Positive, Size, help_fields, read_settings, unflatten
-from data.files import UserError, command
+from data.run import UserError, command
 from data.tokens import data_folder, load_tokenizer
 from nvfp4 import EXPERT_TOKENS, grouped
 from ranks import part_of, read_about, read_parts, whole_parts

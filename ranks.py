@@ -27,7 +27,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from data.files import UserError, explain, naming, read_json, write_json
+from data.run import UserError, explain, naming, read_json, write_json
 
 ABOUT = "about.json"                                # beside the parts of a checkpoint, once all are there
 

@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor
 import nvfp4
 from configs import config
 from configs.config import Count, Fraction, NotNegative, Some
-from data.files import (Lines, Stop, UserError, catch_signals, command, mute, naming, naming_memory,
+from data.run import (Lines, Stop, UserError, catch_signals, command, mute, naming, naming_memory,
                         read_json_lines, sweep, write_json, write_whole)
 from data.tokens import Data, batch_at, load_data, prepare_missing, train_starts, unigram_loss, val_starts
 from model import (ModelConfig, build, compile_blocks, count_parameters, flops_per_token, is_finite,
@@ -209,7 +209,7 @@ def about(step, c, origin, rows):
 
 
 def save_checkpoint(path, model, optimizer, step, c, origin, rows=None):
-    """Whole or not at all, as data/files.py writes; what is not finite takes no good one's place.
+    """Whole or not at all, as data/run.py writes; what is not finite takes no good one's place.
 
     raises  Diverged, UserError
     """

@@ -23,7 +23,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from data.files import UserError, naming
+from data.run import UserError, naming
 
 HERE = Path(__file__).resolve()
 LONGEST = 4096                                      # letters of a text: no path is longer

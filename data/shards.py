@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.files import Lines, UserError, naming, parse_object, sweep, write_whole
+from data.run import Lines, UserError, naming, parse_object, sweep, write_whole
 from data.tokens import (MIN_SPLIT_BYTES, DataError, encode, load_tokenizer, make_tokenizer,
                          read_tokenizer_file, read_tokens, shard_path, token_file, write_tokens)
 

@@ -39,7 +39,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from data.files import UserError, naming, parse_object, write_whole
+from data.run import UserError, naming, parse_object, write_whole
 
 MAGIC = b"NVFP4BIN"
 VERSION = 1

@@ -34,7 +34,7 @@ import model  # noqa: E402
 import nvfp4  # noqa: E402
 import train  # noqa: E402
 from configs import config  # noqa: E402
-from data.files import UserError  # noqa: E402
+from data.run import UserError  # noqa: E402
 from data.tokens import prepare  # noqa: E402
 
 BUG, INTERRUPTED = 70, 130                          # exit status of a traceback, and of SIGINT

@@ -18,7 +18,7 @@ sys.path.insert(0, str(REPO))
 import train  # noqa: E402
 from configs import config  # noqa: E402
 from configs.config import read_settings  # noqa: E402
-from data.files import UserError  # noqa: E402
+from data.run import UserError  # noqa: E402
 from model import ModelConfig, build, count_parameters  # noqa: E402
 from nvfp4 import RECIPES  # noqa: E402
 from papers import PaperConfig  # noqa: E402

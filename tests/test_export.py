@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import nvfp4  # noqa: E402
 import train  # noqa: E402
-from data.files import UserError  # noqa: E402
+from data.run import UserError  # noqa: E402
 from export import LAYOUTS, export, from_tensors, load_export, quantization_config, to_tensors  # noqa: E402
 from model import ModelConfig, build  # noqa: E402
 from nvfp4 import FORMATS, RECIPES  # noqa: E402

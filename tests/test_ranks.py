@@ -25,7 +25,7 @@ sys.path.insert(0, str(REPO))
 
 import nvfp4  # noqa: E402
 import train  # noqa: E402
-from data.files import UserError  # noqa: E402
+from data.run import UserError  # noqa: E402
 from model import describe, load_checkpoint, load_model, newest_checkpoint, outline  # noqa: E402
 from ranks import part_of  # noqa: E402
 from train import load_config  # noqa: E402
@@ -46,7 +46,7 @@ DRIVER = f"""
 import atexit, json, os, signal, sys
 sys.path.insert(0, {str(REPO)!r})
 import torch, nvfp4, train
-from data.files import Stop, command
+from data.run import Stop, command
 torch.set_num_threads(1)
 nvfp4.can_compile = lambda kind: False
 leave, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda: None

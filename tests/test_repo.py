@@ -96,7 +96,7 @@ def test_functions_of_the_equation_tables_exist():
 
 # ---------------------------------------------------------------- the rooms
 
-FLOORS = {"nvfp4": 0, "assets.figures": 0, "data.files": 0, "configs.config": 1, "data.tokens": 1, "ranks": 1,
+FLOORS = {"nvfp4": 0, "assets.figures": 0, "data.run": 0, "configs.config": 1, "data.tokens": 1, "ranks": 1,
           "papers": 1, "probes": 2, "data.shards": 2, "model": 2, "train": 3, "analyze": 4, "export": 4}
 
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(REPO))
 import nvfp4  # noqa: E402
 import stress  # noqa: E402
 import train  # noqa: E402
-from data.files import Lines, UserError  # noqa: E402
+from data.run import Lines, UserError  # noqa: E402
 from data.tokens import prepare, read_tokens, write_tokens  # noqa: E402
 from model import ABOUT, TENSORS, ModelConfig, MoE, build, load_model, outline, rank_bytes  # noqa: E402
 from nvfp4 import OPERANDS  # noqa: E402

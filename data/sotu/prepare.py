@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whatever the current folder
 
-from data.files import command
+from data.run import command
 from data.tokens import DataError, prepare
 
 HERE = Path(__file__).resolve().parent

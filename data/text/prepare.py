@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whatever the current folder
 
-from data.files import command
+from data.run import command
 from data.shards import Corpus, prepare_shards
 from data.tokens import DataError, prepare
 
