@@ -22,15 +22,13 @@ Sources: 2410.01131 (nGPT), 2605.06067 appendix A (nGPT with normalized GEMM inp
 4-bit), 2405.21060 (Mamba-2), 2512.20848 (the mixture of experts of Nemotron 3 Nano).
 
     python model.py configs/ngpt_1b.py --n_layer=10    describe a model: parameters, FLOPs, memory, layers;
-                                                       --ranks=8: and what each of them would keep
+                                                       --ranks=8: and what each of them keeps
     python model.py out/ngpt_tiny "The state of"       sample from a run
 """
 import functools
 import math
 import sys
-import zipfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -39,10 +37,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configs.config import Count, NotNegative, Positive, Size, help_fields, read_settings, unflatten
-from data.run import UserError, command
+from data.run import UserError, command, load_checkpoint, newest_checkpoint
 from data.tokens import data_folder, load_tokenizer
 from nvfp4 import EXPERT_TOKENS, grouped
-from ranks import part_of, read_about, read_parts, whole_parts
+from ranks import read_parts
 
 # ---------------------------------------------------------------- config
 
@@ -82,14 +80,10 @@ class ModelConfig:
     moe_aux_loss: NotNegative = 1e-4                # weight of the balance loss of a sequence
 
     def resolve(self):
-        """The config with every None that depends on other fields filled in; checks that the sizes fit."""
+        """The config with every None that depends on other fields filled in. raises UserError where sizes do
+        not fit each other; the range of each stands in its type."""
         if not self.vocab_size:
             raise UserError("vocab_size=None must be a number to build a model; set it")
-        for name in ("n_layer", "n_embd", "n_head", "block_size", "n_kv_head", "head_dim", "n_ffn",
-                     "mamba_n_head", "mamba_head_dim", "mamba_n_group", "mamba_n_state", "mamba_conv",
-                     "mamba_chunk", "moe_n_expert", "moe_n_active", "moe_n_ffn_shared"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.head_dim is None and self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}; or set "
                              "head_dim")
@@ -102,10 +96,6 @@ class ModelConfig:
                     moe_n_ffn_shared=self.moe_n_ffn_shared or 2 * n_ffn,
                     mamba_n_head=self.mamba_n_head or max(1, 2 * self.n_embd // self.mamba_head_dim),
                     init_std=self.init_std or (0.02 if self.arch == "gpt" else self.n_embd**-0.5))
-        if c.init_std <= 0 or c.rope_base < 0:
-            raise UserError(f"init_std={c.init_std} must be > 0 and rope_base={c.rope_base} >= 0")
-        if not 0 < c.s_z_init < math.inf or not 0 < c.alpha_init < math.inf:
-            raise UserError(f"s_z_init={c.s_z_init} and alpha_init={c.alpha_init} must be positive numbers")
         if c.n_head % c.n_kv_head:
             raise UserError(f"n_head={c.n_head} must be a multiple of n_kv_head={c.n_kv_head}")
         if "M" in c.pattern and c.mamba_n_head % c.mamba_n_group:
@@ -113,9 +103,6 @@ class ModelConfig:
                             f"mamba_n_group={c.mamba_n_group}")
         if c.moe_n_active > c.moe_n_expert:
             raise UserError(f"moe_n_active={c.moe_n_active} must be moe_n_expert={c.moe_n_expert} at most")
-        for name in ("moe_scale", "moe_bias_rate", "moe_aux_loss"):
-            if not 0 <= getattr(c, name) < math.inf:
-                raise UserError(f"{name}={getattr(c, name)} must be a number >= 0")
         if c.document_start is not None and not 0 <= c.document_start < c.vocab_size:
             raise UserError(f"document_start={c.document_start} must be a token, from 0 to "
                             f"vocab_size={c.vocab_size} - 1; train.py finds the one that -1 stands for")
@@ -886,45 +873,33 @@ def rank_bytes(parallel, model, n_ranks):
     return state
 
 
-def flops_per_token(model):
-    """FLOPs of forward and backward for one token: those of the mixers, and 6 per weight of the head."""
-    mixers = sum(block.mixer.flops(model.config.block_size) for block in model.blocks)
+def flops_per_token(model, T=None):
+    """FLOPs of forward and backward for one of T tokens (None: block_size): those of the mixers, and 6 per
+    weight of the head."""
+    mixers = sum(block.mixer.flops(T or model.config.block_size) for block in model.blocks)
     return mixers + 6 * model.head.weight.numel()
 
 
 def describe(config, n_ranks=1):
-    """The model in text, from the meta device: nothing is allocated, so any size will do. n_ranks: with what
-    each of so many keeps by --parallel=fsdp, and which of nGPT's norms add up over all of them."""
+    """The model in text, from the meta device: nothing is allocated, so any size will do."""
     model = outline(config)
     c, (total, active) = model.config, count_parameters(model)
-    embedding, state = model.embed.weight.numel(), training_bytes(model) / 2**30
+    embedding = model.embed.weight.numel()
     pattern = c.pattern if len(c.pattern) <= 60 else c.pattern[:57] + "..."
     lines = [f"{c.arch}  {pattern}  C={c.n_embd} H={c.n_head} G={c.n_kv_head} D={c.head_dim} F={c.n_ffn} "
              f"V={c.vocab_size} T={c.block_size}",
              f"parameters     {total:,} ({active:,} active; {active + embedding:,} with the embedding)",
              f"FLOPs/token    {flops_per_token(model):.3g} (forward + backward)",
-             f"training state {state:.2f} GiB (fp32 weights, gradients, two Adam moments)"]
+             f"training state {training_bytes(model) / 2**30:.2f} GiB (fp32 weights, gradients, moments)"]
     if n_ranks > 1:
-        kept = sum(math.prod(part_of(p.shape, n_ranks)) for p in model.parameters())
-        sizes = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-        block, rest = 4 * max(sizes) / 2**30, 4 * (total - sum(sizes)) / 2**30
-        lines.append(f"of {n_ranks} ranks".ljust(15) + f"{16 * kept / 2**30:.2f} GiB of it each; in fp32 "
-                     f"{block:.2f} GiB of the largest block, while it is used, {rest:.2f} GiB beside blocks")
-    lines += ["", f"{'linear layer':28s} {'out':>8s} {'in':>8s} {'weights':>14s}"
-              + f"  {'a rank keeps':>20s}  norms" * (n_ranks > 1)]
+        kept = [f"{way} {rank_bytes(way, model, n_ranks) / 2**30:.2f}" for way in ("ddp", "zero2", "fsdp")]
+        lines.append(f"of {n_ranks} ranks".ljust(15) + f"each keeps {', '.join(kept)} GiB at most of it")
+    lines += ["", f"{'linear layer':28s} {'out':>8s} {'in':>8s} {'weights':>14s}"]
     matrices = {id(weight) for weight in model.matrices()} - {id(model.embed.weight)}
-    streams = {id(weight): axis for block in model.blocks for weight, axis in block.mixer.stream_weights()}
-    streams[id(model.head.weight)] = -1
     for name, p in model.named_parameters():
         if id(p) in matrices:
             out, into = p.shape[-2:]
-            line = f"{name.removesuffix('.weight'):28s} {out:8d} {into:8d} {p.numel():14,}"
-            if n_ranks > 1:
-                part = " x ".join(map(str, part_of(p.shape, n_ranks)))
-                axis = streams.get(id(p)) if c.arch == "ngpt" else None
-                norms = "none" if axis is None else "over all ranks" if axis % p.dim() == 0 else "its own"
-                line += f"  {part:>20s}  {norms}"
-            lines.append(line)
+            lines.append(f"{name.removesuffix('.weight'):28s} {out:8d} {into:8d} {p.numel():14,}")
     return "\n".join(lines)
 
 
@@ -963,109 +938,25 @@ def sample_text(model, tokenizer, prompt="", n_tokens=200, seed=0, **kw):
     return tokenizer.decode(out if prompt else out[1:])
 
 
-# ---------------------------------------------------------------- checkpoints and the command line
+# ---------------------------------------------------------------- the command line
 
 OWNERS = (("", ModelConfig),)
 
 
-# What a checkpoint consists of; earlier versions had no rows.
-ABOUT = {"step": int, "config": dict, "origin": str, "rows": int | None}
-TENSORS = {"model": dict, "optimizer": dict}
-
-
-def newest_checkpoint(folder):
-    """The path of a run's checkpoint, whether it exists or not: ckpt.pt, or a folder of parts."""
-    whole, file = whole_parts(folder), Path(folder, "ckpt.pt")
-    if whole and file.exists():                     # a kill came before the older one was removed
-        return max(whole[-1], file, key=lambda path: load_checkpoint(path)["step"])
-    return whole[-1] if whole else file
-
-
-def load_checkpoint(path, device="cpu"):
-    """What train.py saved, as a dict: ABOUT it and, of a file, its TENSORS, without a flipped bit. Whether
-    those are of a model is for misfit() to say. raises UserError"""
-    if path.is_dir():
-        saved = read_about(path)
-        expected = ABOUT | {"files": dict}
-    elif path.is_file():
-        saved, expected = load_file(path, device), TENSORS | ABOUT
-    else:
-        raise UserError(f"{path}: no checkpoint there; train a run first, or give another folder")
-    for name, kind in expected.items():
-        if not isinstance(saved, dict) or not isinstance(saved.get(name), kind):
-            raise UserError(f"{path}: not a checkpoint of this code (its {name} is missing)")
-    settings = saved["config"].items()
-    plain = all(isinstance(name, str) and is_plain(value) for name, value in settings)
-    if isinstance(saved["step"], bool) or saved["step"] < 0 or not plain:
-        raise UserError(f"{path}: not a checkpoint of this code (step {saved['step']}, or its config)")
-    return saved
-
-
-def load_file(path, device):
-    try:
-        # torch.load looks at no checksum, and testzip() at no attribute: one makes a folder of a tensor,
-        # which torch then does not read
-        with zipfile.ZipFile(path) as archive:
-            odd = [e.filename for e in archive.infolist()
-                   if e.external_attr or e.file_size != e.compress_size]
-            flipped = odd[0] if odd else archive.testzip()
-        saved = None if flipped else torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:                      # of readers, of whatever the file holds: no code of ours
-        raise UserError(f"{path}: not a checkpoint of this code ({error or type(error).__name__})") from None
-    if flipped:
-        raise UserError(f"{path}: damaged on disk, in {flipped}; copy it anew, or start another run")
-    return saved
-
-
-def is_plain(value):
-    """Whether a value is one that a field of a config can have."""
-    if isinstance(value, (list, tuple)):
-        return all(isinstance(word, str) for word in value)
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def is_finite(tensor):
-    return bool(math.isfinite(tensor.sum()) or tensor.isfinite().all())         # the sum needs no memory
-
-
-def misfit(found, like, name, free=()):
-    """Where a tree of dicts, lists and leaves first differs from another, in words, or None: tensors must be
-    finite and agree in shape and dtype, other leaves be equal, but for keys of dicts that are free."""
-    if torch.is_tensor(like):
-        if not torch.is_tensor(found) or (found.shape, found.dtype) != (like.shape, like.dtype):
-            return f"{name} must be {tuple(like.shape)} of {like.dtype}"
-        return None if is_finite(found) else f"{name} is not finite"
-    if isinstance(like, dict) and isinstance(found, dict):
-        if found.keys() != like.keys():
-            return f"{name}.{min(found.keys() ^ like.keys(), key=str)} is missing, or should not be there"
-        parts = [(found[key], like[key], key) for key in like if key not in free]
-    elif isinstance(like, (list, tuple)) and type(found) is type(like) and len(found) == len(like):
-        parts = zip(found, like, range(len(like)), strict=True)
-    else:
-        same = type(found) is type(like) and found == like
-        return None if same else f"{name} must be {like}"
-    return next(filter(None, (misfit(a, b, f"{name}.{key}", free) for a, b, key in parts)), None)
-
-
-def load_model(folder, device="cpu"):
+def load_model(folder):
     """The trained model of a run in high precision, its tokenizer, and the run's config: (model, tokenizer,
     {field: value}). raises UserError"""
     path = newest_checkpoint(folder)
-    saved = load_checkpoint(path, device)
+    saved = load_checkpoint(path)
     try:
-        c = ModelConfig(**unflatten(saved["config"], OWNERS))
+        model = build(ModelConfig(**unflatten(saved["config"], OWNERS)))
         if path.is_dir():
-            found = outline(c).to_empty(device="cpu").state_dict()
-            read_parts(path, {f"model/{name}": tensor for name, tensor in found.items()}, saved)
-            saved["model"] = found
-        wrong = misfit(saved["model"], dict(outline(c).state_dict()), "model")
+            saved["model"] = model.state_dict()
+            read_parts(path, {f"model/{name}": tensor for name, tensor in saved["model"].items()}, saved)
+        model.load_state_dict(saved["model"])
         tokenizer = load_tokenizer(data_folder(str(saved["config"].get("dataset"))), saved["origin"])
-    except UserError as error:
+    except (UserError, RuntimeError, KeyError) as error:
         raise UserError(f"{path}: {error}") from None
-    if wrong:
-        raise UserError(f"{path}: {wrong}")
-    model = build(c).to(device)
-    model.load_state_dict(saved["model"])
     return model.eval(), tokenizer, saved["config"]
 
 

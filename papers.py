@@ -389,6 +389,40 @@ class PaperLinear(FP4Linear):
         return self.by_expert(Both(rows, from_codes(rows, for_dgrad, w.dtype)))
 
 
+# ---------------------------------------------------------------- gradient over noise: 2505.19115
+
+def weight_gradients(model, loss, high=()):
+    """{name: dw} of every FP4 layer for loss(), a loss of the model, with these GEMMs in high precision.
+
+    It leaves no trace in gradients, in buffers of mixers or on other ranks: no leaf of the graph is reached,
+    so no hook of one fires.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, FP4Linear)}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with nvfp4.high_precision(model, high):
+        dw = torch.autograd.grad(loss(), [m.weight for m in layers.values()])
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    return dict(zip(layers, dw, strict=True))
+
+
+def gradient_to_noise(model, loss):
+    """std(dw) / std(noise of dw) of every FP4 layer for loss(), {name: number}. The noise is what the FP4
+    backward adds to dw of a backward in high precision; the forward is the same. Layers without noise are
+    left out.
+
+    source  2505.19115: training stalls below sqrt(3)
+    """
+    if not nvfp4.fp4_layers(model):
+        return {}
+    exact, found = weight_gradients(model, loss, ("dgrad", "wgrad")), {}
+    for name, dw in weight_gradients(model, loss).items():
+        noise = (dw.double() - exact[name].double()).std()
+        if noise != 0:
+            found[name] = float(exact[name].double().std() / noise)
+    return found
+
+
 # ---------------------------------------------------------------- recipes
 
 RECIPES |= {

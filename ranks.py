@@ -1,23 +1,25 @@
-"""One process, or several that torchrun started: what they say to each other, who keeps which part of a
-model, and checkpoints in parts, which any number of them can read.
+"""One process, or several that torchrun started: how they talk, how they share one model, and the tensors of
+its checkpoint, which any number of ranks can read.
 
     ddp     a rank keeps all of the model, and gradients are averaged once a step
-    zero2   a rank keeps its part of the fp32 weights and Adam's moments. The weights are gathered once a
-            step, and so quantized once; they stay, and gradients add up, until its last backward
-    fsdp    the same, but a block's weights are gathered whenever it is used, and its gradients are handed out
+    zero2   a rank keeps its part of the fp32 weights and of the optimizer's state. The weights are gathered
+            once a step, and so quantized once; they stay, and gradients add up, until its last backward
+    fsdp    as zero2, but a block's weights are gathered whenever it is used, and its gradients are handed out
             after each backward: besides its parts a rank holds one block, the embedding and the head
 
-The last two are ZeRO's stages 2 and 3 (1910.02054), by torch's fully_shard, on the first axis of every
-weight. All three compute the same: what is gathered is the fp32 master, so that a weight is quantized as one
-process would. Nothing here knows what a model is, but that it has blocks.
+zero2 and fsdp are ZeRO's stages 2 and 3 (1910.02054), by torch's fully_shard, on the first axis of every
+weight. All three compute the same bits: ranks gather the fp32 master and quantize it as one process would.
+Nothing here knows what a model is, but that it has blocks, nor which optimizer trains it.
 """
 import collections
 import contextlib
+import math
 import os
 import re
 import shutil
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -27,9 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from data.run import UserError, explain, naming, read_json, write_json
-
-ABOUT = "about.json"                                # beside the parts of a checkpoint, once all are there
+from data.run import ABOUT, UserError, explain, naming, remove_others, write_json, write_whole
 
 
 class Ranks:
@@ -48,6 +48,8 @@ class Ranks:
     def join(self, device):
         """Meet the others, from a device of one's own."""
         self.device = device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if self.sharded:
@@ -141,14 +143,24 @@ class Ranks:
         if self.world > 1:
             dist.destroy_process_group()
 
-    # --- checkpoints in parts: a folder of the run's, whole when ABOUT is there
+    # --- checkpoints: a file or, where ranks share the model, a folder of parts, whole when ABOUT is there
 
-    def start_saving(self, run_folder, tensors, about):
-        """Begin to write tensors, {name: tensor or its part}, of which a copy is made, so that training can
-        go on meanwhile. All ranks do it together. about: its step, and what else is to be known of it"""
+    def save(self, run_folder, model, optimizer, about):
+        """Save what tensors_of() finds and about, a dict: its step, and what else is to be known of it. Parts
+        are copied, and written while training goes on; finish_saving() ends that. All ranks do it together.
+
+        raises  UserError
+        """
+        if not self.sharded:
+            path = Path(run_folder, "ckpt.pt")
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **about}
+            self.once(write_whole, {path: lambda file: torch.save(saved, file)})
+            self.once(remove_others, path)
+            return
         self.finish_saving()
         path = Path(run_folder, f"ckpt-{about['step']:09d}")
         self.once(shutil.rmtree, path, True)
+        tensors = tensors_of(model, optimizer)
         self.saving = path, about, dcp.async_save(tensors, checkpoint_id=path, process_group=self.files)
 
     def finish_saving(self, wait=True):
@@ -159,32 +171,85 @@ class Ranks:
         (path, about, future), self.saving = self.saving, None
         error = future.exception()
         if self.any(error is not None):
-            raise UserError(f"{path}: {explain_parts(error)}")
+            failures = getattr(error, "failures", None)     # {rank: (error, traceback)}
+            rank, (error, *_) = next(iter(failures.items())) if failures else ("another", (error,))
+            raise UserError(f"{path}: rank {rank}: {explain(error) if error else 'failed'}")
         mine = {file.name: crc32_of(file) for file in path.glob(f"__{self.rank}_*")}
         sums = [None] * self.world
         dist.all_gather_object(sums, mine, group=self.files)
         self.once(complete, path, about, dict(collections.ChainMap(*sums)))
         return about["step"]
 
+    @torch.no_grad()
+    def restore(self, path, saved, model, optimizer):
+        """Give model and optimizer the state of a checkpoint, saved as load_checkpoint() has it, whoever
+        wrote it: one process, or any number of ranks.
 
-def part_of(shape, n):
-    """The largest of the n parts of a weight, which ranks keep: whole rows of its first axis."""
-    return (-(-shape[0] // n), *shape[1:])
+        raises  UserError where a file is damaged, or a tensor is not there in its shape and dtype
+        """
+        if path.is_file() and not self.sharded:
+            try:
+                model.load_state_dict(saved["model"])
+                optimizer.load_state_dict(saved["optimizer"])
+            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{path}: does not fit this model and optimizer ({error})") from None
+            return
+        if saved["step"]:
+            begin_state(optimizer)
+        tensors = tensors_of(model, optimizer)
+        if path.is_dir():
+            read_parts(path, tensors, saved, self)
+            return
+        whole = {f"model/{name}": tensor for name, tensor in saved["model"].items()}
+        for i, state in saved["optimizer"]["state"].items():
+            whole |= {f"optimizer/{i}/{key}": tensor for key, tensor in state.items()}
+        for name, tensor in tensors.items():
+            check_fits(path, name, tensor, whole.get(name))
+            value = whole[name]
+            if isinstance(tensor, DTensor):
+                value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements,
+                                          src_data_rank=None)
+            tensor.copy_(value)
+
+
+def learned(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def tensors_of(model, optimizer):
+    """Weights, buffers and the optimizer's state, once it has one: {name: tensor, or a rank's part}."""
+    found = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    for i, p in enumerate(learned(optimizer)):
+        found |= {f"optimizer/{i}/{key}": t for key, t in optimizer.state.get(p, {}).items()}
+    return found
+
+
+def begin_state(optimizer):
+    """Have an optimizer make the state of its first step, by a step of gradients and rates that are zero."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for p in learned(optimizer):
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def not_finite(tensors):
+    """The name of a tensor that is not finite, of those that are here, or None."""
+    for name, tensor in tensors.items():
+        here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not math.isfinite(here.sum()) and not here.isfinite().all():         # the sum needs no memory
+            return name
+    return None
 
 
 def complete(path, about, sums):
     sums[".metadata"] = crc32_of(path / ".metadata")
     write_json(path / ABOUT, about | {"files": sums})
     remove_others(path)
-
-
-def remove_others(path):
-    """Older checkpoints beside a new one, whole or not."""
-    for other in path.parent.glob("ckpt*"):
-        if other.is_dir() and other != path:
-            shutil.rmtree(other)
-        elif other.name == "ckpt.pt" != path.name:
-            other.unlink()
 
 
 def crc32_of(path):
@@ -195,55 +260,30 @@ def crc32_of(path):
     return crc
 
 
-def explain_parts(error):
-    """One line of what may be an error of each rank."""
-    failures = getattr(error, "failures", None)     # {rank: (error, traceback)}
-    rank, (error, *_) = next(iter(failures.items())) if failures else ("another", (error,))
-    return f"rank {rank}: {explain(error) if error else 'failed'}"
-
-
-def whole_parts(run_folder):
-    """The checkpoints in parts of a run that are whole, in order of their steps."""
-    return sorted(about.parent for about in Path(run_folder).glob(f"ckpt-*/{ABOUT}"))
-
-
-def read_about(path):
-    """What stands beside the parts of a checkpoint, as a dict."""
-    return read_json(path / ABOUT)
-
-
 def check_files(path, names, sums):
     for name in names:
         if crc32_of(path / name) != sums[name]:
             raise UserError(f"{path}: {name} is damaged on disk; copy it anew, or start another run")
 
 
-@torch.no_grad()
-def read_parts(path, tensors, about, ranks=None):
-    """Read into tensors, {name: tensor or its part}, from a checkpoint of any number of ranks.
+def check_fits(path, name, tensor, found):
+    if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+        raise UserError(f"{path}: {name} must be {tuple(tensor.shape)} of {tensor.dtype}, so that no run can "
+                        "start from it; start another --out_dir")
 
-    raises  UserError where a file is damaged, or a tensor is not there in its shape and dtype
-    """
-    names = sorted(about["files"])
+
+@torch.no_grad()
+def read_parts(path, tensors, saved, ranks=None):
+    """Read into tensors, {name: tensor or its part}, from the parts of any number of ranks. raises UserError
+    as restore() does"""
+    names, sums = sorted(saved["files"]), saved["files"]
     if ranks:
-        ranks.each(check_files, path, ranks.share(names), about["files"])
+        ranks.each(check_files, path, ranks.share(names), sums)
     else:
-        check_files(path, names, about["files"])
+        check_files(path, names, sums)
     there = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     for name, tensor in tensors.items():
         found = there.get(name)
-        if found is None or (found.size, found.properties.dtype) != (tensor.shape, tensor.dtype):
-            raise UserError(f"{path}: {name} must be {tuple(tensor.shape)} of {tensor.dtype}, so that no run "
-                            "can start from it; start another --out_dir")
+        check_fits(path, name, tensor, found and SimpleNamespace(shape=found.size,
+                                                                 dtype=found.properties.dtype))
     dcp.load(tensors, checkpoint_id=path, no_dist=ranks is None or ranks.world == 1)
-
-
-@torch.no_grad()
-def put(tensors, whole):
-    """Copy whole tensors, {name: tensor}, into tensors or their parts."""
-    for name, tensor in tensors.items():
-        value = whole[name]
-        if isinstance(tensor, DTensor):
-            value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements,
-                                      src_data_rank=None)
-        tensor.copy_(value)

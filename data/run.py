@@ -1,31 +1,40 @@
-"""What a program and its machine do to each other: files that are whole or not there, lines that are never
-lost, signals, and errors of the machine as one line.
+"""The folder of a run: its log, its metrics, its checkpoint; and what a machine does to whoever writes there.
 
-Dealt with here, once, and nowhere else: a kill at any moment, a full or read-only disk, a damaged file, a
-second process in the same folder, too little memory. Nothing here knows of models.
+A kill at any moment, a full disk, a damaged file, a second process in the same folder, too little memory: we
+deal with them here and nowhere else. A file is written whole or not at all, a line is written at once, and an
+error is one line that names the remedy. Nothing here knows of models.
+
+Exit statuses: 0 done; 1 an error; 75 (STOPPED) stopped with a checkpoint, so that --resume goes on.
 """
 import contextlib
+import ctypes
 import functools
 import json
+import math
 import os
 import re
+import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
+import zipfile
+import zlib
 from pathlib import Path
+
+import torch
 
 try:
     import fcntl
 except ImportError:                                 # no POSIX: no locks
     fcntl = None
 
+STOPPED = 75                                        # EX_TEMPFAIL: try again
+
 
 class UserError(ValueError):
     """A mistake in a command, a config or a run folder, or an error of the machine: one line that names the
-    remedy, no traceback. What is quoted in it may have many lines and no end; the middle goes first."""
+    remedy, no traceback. A quoted text may be long; we cut its middle."""
 
     def __init__(self, message):
         line = " ".join(str(message).splitlines())
@@ -41,7 +50,7 @@ def explain(error):
 
 @contextlib.contextmanager
 def naming(path):
-    """Errors of the operating system, which may not say what they are about, as a UserError that does."""
+    """Turn errors of the operating system, which may not say their file, into a UserError that does."""
     try:
         yield
     except OSError as error:
@@ -50,7 +59,7 @@ def naming(path):
 
 @contextlib.contextmanager
 def naming_memory(advice):
-    """Running out of memory, which torch says in three ways, as a UserError with advice."""
+    """Turn the three ways in which torch runs out of memory into a UserError with advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -59,12 +68,12 @@ def naming_memory(advice):
         raise UserError(f"out of memory; {advice}") from error
 
 
-# ---------------------------------------------------------------- whole files
+# ---------------------------------------------------------------- files, whole or not at all
 
 def write_whole(writers):
-    """Write files, {path: function that writes to an open binary file}. Each is written beside its path and
-    flushed to disk, and only when all are there do they take their places: an interruption at any moment
-    leaves what was there before. Their folders are flushed too, so that they survive a power cut.
+    """Write files, {path: function that writes to an open binary file}. We write each beside its path and
+    flush it; when all are on disk, they take their places. So an interruption leaves the old files. We flush
+    their folders too: a power cut takes nothing.
 
     raises UserError naming the path; then nothing is left behind
     """
@@ -100,15 +109,13 @@ def write_json(path, value):
 
 
 def sweep(folder):
-    """Remove what killed processes left of write_whole()'s files in a folder that nobody else writes to."""
+    """Remove the temporary files of killed processes from a folder that nobody else writes to."""
     for temporary in Path(folder).glob("*.[0-9]*.tmp*"):
         temporary.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------- reading strictly
-
 def parse_object(text, where):
-    """The JSON object in bytes of UTF-8, as a dict; NaN and infinity, which JSON has not, are refused.
+    """The JSON object in bytes of UTF-8, as a dict; JSON has neither NaN nor infinity, so we refuse them.
 
     raises UserError that begins with where
     """
@@ -124,27 +131,14 @@ def parse_object(text, where):
 
 
 def read_json(path):
-    """The JSON object that is a file, as a dict. raises UserError"""
+    """The JSON object of a file, as a dict. raises UserError"""
     with naming(path):
         text = Path(path).read_bytes()
     return parse_object(text, path)
 
 
-def read_json_lines(path):
-    """The JSON objects of a file, one a line, as dicts. A last line that breaks off was cut by a kill, and is
-    left out. raises UserError that names the line"""
-    with naming(path):
-        *lines, last = Path(path).read_bytes().split(b"\n")
-    rows = [parse_object(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-    with contextlib.suppress(UserError):
-        rows.append(parse_object(last, path))
-    return rows
-
-
-# ---------------------------------------------------------------- files that grow
-
 class Lines:
-    """A text file that grows by lines, each handed to the system at once, so that a kill costs none.
+    """A text file that grows by lines. Each is handed to the system at once, so a kill costs none.
 
     alone   lock the file: no other Lines may have it so, in this process or another. The lock goes with the
             process, however that ends
@@ -181,22 +175,190 @@ class Lines:
         self.file.close()
 
 
+# ---------------------------------------------------------------- log and metrics
+
+def read_metrics(folder):
+    """The rows of a run's metrics.jsonl, as dicts. A kill may have cut the last line: we leave it out.
+
+    raises  UserError that names the line which is no row of numbers, or is out of order
+    """
+    path, rows, next_step = Path(folder, "metrics.jsonl"), [], None
+    with naming(path):
+        *lines, last = path.read_bytes().split(b"\n")
+    with contextlib.suppress(UserError):
+        parse_object(last, path)
+        lines.append(last)
+    for number, line in enumerate(lines, 1):
+        row = parse_object(line, f"{path}, line {number}")
+        step, numbers = row.get("step"), all(type(v) in (int, float) for v in row.values())
+        if type(step) is not int or not numbers or not all(map(math.isfinite, row.values())):
+            raise UserError(f"{path}, line {number}: damaged, these are not the numbers of a step")
+        if step < 0 or next_step is not None and step != next_step:
+            raise UserError(f"{path}, line {number}: damaged, step {step} stands where {next_step} should")
+        next_step = step + ("loss" in row)          # an evaluation comes before its step
+        rows.append(row)
+    return rows
+
+
+class Log:
+    """Console and log.txt, and metrics.jsonl. It is silent until it is opened: the first rank alone does
+    that. One run at a time can have those of a folder."""
+
+    def __init__(self, stop):
+        self.stop, self.files = stop, []
+        self.mirror = self.end_mirror = lambda *row: None
+        self.crc = self.crc_before = 0              # CRC-32 of all rows, and of those before this step
+
+    def open(self, folder, config, first_step=0, crc=None, mirror="none", check=lambda: None):
+        """Take the folder, and check() it once it is ours. Of its metrics we keep the rows before the
+        checkpoint, whose CRC-32 it knows: the steps after it are about to be done again."""
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.files = [Lines(folder / "log.txt", alone=True)]
+        path = folder / "metrics.jsonl"
+        check()
+        sweep(folder)
+        rows = read_metrics(folder) if path.exists() else []
+        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] < first_step).encode()
+        self.crc = self.crc_before = zlib.crc32(kept)
+        if path.exists() and crc not in (None, self.crc):
+            raise UserError(f"{path}: damaged, not what the checkpoint of step {first_step} saw; restore it, "
+                            "or remove it and go on without it")
+        write_whole({path: lambda file: file.write(kept)})
+        write_json(folder / "config.json", config)
+        self.files.append(Lines(path))
+        if mirror != "none":
+            self.mirror, self.end_mirror = mirror_of(mirror, folder, config)
+
+    def __call__(self, text):
+        if self.files:
+            self.files[0].add(text)
+            try:
+                print(text, flush=True)
+            except OSError:                         # a pipe without a reader, a terminal that is gone
+                mute(sys.stdout)
+                self.stop.why = self.stop.why or "the console is closed"
+
+    def metrics(self, row):
+        if self.files:
+            line = json.dumps(row, allow_nan=False)
+            self.files[1].add(line)
+            self.mirror(row)
+            self.crc = zlib.crc32(f"{line}\n".encode(), self.crc)
+            if "loss" in row:                       # the last of its step; an evaluation is made anew
+                self.crc_before = self.crc
+
+    def sync(self):
+        self.files[1].sync()
+
+    def close(self):
+        self.end_mirror()
+        for file in self.files:
+            file.close()
+
+
+def mirror_of(mirror, folder, config):
+    """(what shows a row of metrics.jsonl elsewhere too, what ends that). raises UserError"""
+    try:
+        if mirror == "wandb":
+            import wandb
+            shown = wandb.init(project="four-bits", dir=folder, config=config, resume="allow",
+                               name=folder.name)
+            return lambda row: shown.log(row, step=row["step"]), shown.finish
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(folder)
+        return lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items()], writer.close
+    except ModuleNotFoundError as error:
+        raise UserError(f"mirror={mirror}: {error} (pip install {mirror}); or leave it out") from None
+
+
+# ---------------------------------------------------------------- checkpoints
+# A file, ckpt.pt, or a folder of the ranks' parts, ckpt-STEP (see ranks.py), whole when ABOUT is there.
+
+ABOUT = "about.json"
+
+
+def newest_checkpoint(folder):
+    """The path of a run's checkpoint, whether it exists or not: ckpt.pt, or a folder of parts."""
+    parts = sorted(about.parent for about in Path(folder).glob(f"ckpt-*/{ABOUT}"))
+    file = Path(folder, "ckpt.pt")
+    if parts and file.exists():                     # a kill came before the older one was removed
+        return max(parts[-1], file, key=lambda path: load_checkpoint(path)["step"])
+    return parts[-1] if parts else file
+
+
+def remove_others(path):
+    """Older checkpoints beside a new one, whole or not."""
+    for other in path.parent.glob("ckpt*"):
+        if other.is_dir() and other != path:
+            shutil.rmtree(other)
+        elif other.name == "ckpt.pt" != path.name:
+            other.unlink()
+
+
+def load_checkpoint(path):
+    """A checkpoint as a dict: step, config, origin of the data, rows (CRC-32 of its metrics) and, of a file,
+    the state of model and optimizer, without a flipped bit. raises UserError"""
+    if not path.exists():
+        raise UserError(f"{path}: no checkpoint there; train a run first, or give another folder")
+    if path.is_dir():
+        saved = read_json(path / ABOUT)
+    else:
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum
+                flipped = archive.testzip()
+            saved = None if flipped else torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:                  # of readers, of whatever the file holds: no code of ours
+            raise UserError(f"{path}: not a checkpoint of this code ({error or type(error).__name__})"
+                            ) from None
+        if flipped:
+            raise UserError(f"{path}: damaged on disk, in {flipped}; copy it anew, or start another run")
+    if not isinstance(saved, dict) or not {"step", "config", "origin"} <= saved.keys():
+        raise UserError(f"{path}: not a checkpoint of this code")
+    return saved
+
+
+# ---------------------------------------------------------------- memory
+
+def keep_memory():
+    """Have the C library keep freed memory. By default it returns each large tensor to the kernel, which
+    clears the pages when the next one asks for them: much of a training step on a CPU."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):                      # a C library without mallopt
+            libc = ctypes.CDLL(None)
+            # M_MMAP_THRESHOLD: no tensor gets pages of its own (older versions allow 32 MiB at most);
+            # M_TRIM_THRESHOLD: free memory stays with the process
+            if libc.mallopt(-3, 2**31 - 1) or libc.mallopt(-3, 2**25):
+                libc.mallopt(-1, 2**31 - 1)
+
+
+def free_bytes(device):
+    """What is left of a device's memory; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
+    except (OSError, StopIteration):
+        return None
+
+
 # ---------------------------------------------------------------- signals
 
-TOGETHER = 0.2                                      # seconds: what a terminal and torchrun send is one signal
+TOGETHER = 0.2                                      # seconds: a terminal and torchrun may both send the same
 
 
 class Stop:
-    """Whether work that takes steps is to end after the one under way."""
-    why = ""                                        # it is: the name of a signal, or the like
-    at = None                                       # the step at which it did
-    times = ()                                      # seconds of each step done, for who has to wait
+    """Asks work that takes steps to end after the step under way."""
+    why = ""                                        # the name of a signal, or another reason; "": go on
+    at = None                                       # the step at which it ended
+    times = ()                                      # seconds of each step done, for whoever waits
 
 
 @contextlib.contextmanager
 def catch_signals(stop):
     """Let SIGINT, SIGTERM and SIGHUP fill a Stop; the second of a kind ends the process at once. A thread
-    looks after them: Python itself would not before the operation under way is done, a backward of minutes.
+    takes them: Python itself would wait for the operation under way, a backward of minutes.
     """
     came = {}
 
@@ -232,44 +394,17 @@ def catch_signals(stop):
         os.close(reader)
 
 
-# ---------------------------------------------------------------- processes
-
-def run_all(commands, at_once, stop, **environment):
-    """Run commands, {key: argv}, so many at once; yields (key, exit status, last line of stderr) as they end.
-    Where a Stop says so no other one begins, and those under way get a SIGTERM and are waited for.
-    """
-    queue, running = list(commands), {}
-    while running or queue and not stop.why:
-        while queue and not stop.why and len(running) < at_once:
-            key, said = queue.pop(0), tempfile.TemporaryFile()
-            running[key] = said, subprocess.Popen(commands[key], stdout=subprocess.DEVNULL, stderr=said,
-                                                  env=os.environ | environment)
-        if stop.why:
-            for _, process in running.values():
-                process.terminate()                 # once: what a terminal sends is another signal
-            for _, process in running.values():
-                process.wait()
-        for key, (said, process) in list(running.items()):
-            if process.poll() is not None:
-                said.seek(0)
-                lines = said.read().decode(errors="replace").splitlines()
-                del running[key]
-                yield key, process.returncode, lines[-1] if lines else ""
-        time.sleep(0.1)
-
-
 # ---------------------------------------------------------------- commands
 
 def mute(stream):
-    """Let what is still to be said go nowhere: whoever listened has left, and the end of the process would
-    complain about it once more."""
+    """Send the rest of a stream nowhere: its reader has left, and Python would complain at the end."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def command(name):
-    """Decorator of a function that is a command of this name. A UserError and an error of the system are one
-    line on stderr and exit status 1; all else is our own mistake and keeps its traceback."""
+    """Decorator of a function that is a command of this name. A UserError and an error of the system become
+    one line on stderr and exit status 1; every other error is our own mistake and keeps its traceback."""
     def decorate(work):
         @functools.wraps(work)
         def run(*arguments):
