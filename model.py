@@ -815,7 +815,8 @@ class NGPT(GPT):
 
     @torch.no_grad()
     def normalize_(self):
-        """Divide every GEMM weight by its L2 norm along the residual stream (C), in fp32, in place.
+        """Divide every GEMM weight by its L2 norm along the residual stream (C), in place. We find norms in
+        fp64: ranks that share a weight add its squares up in another order, and fp32 would show it.
 
         Rows of what reads from the stream (and of embedding and head), columns of what writes to it.
         source: 2605.06067 appendix A
@@ -824,7 +825,8 @@ class NGPT(GPT):
         for block in self.blocks:
             weights += block.mixer.stream_weights()
         for weight, axis in weights:
-            weight.div_(weight.norm(dim=axis, keepdim=True) + 1e-6)
+            norm = torch.linalg.vector_norm(weight, dim=axis, keepdim=True, dtype=torch.float64)
+            weight.div_((norm + 1e-6).to(weight.dtype))
 
 
 def build(config):

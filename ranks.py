@@ -32,14 +32,30 @@ from torch.nn.parallel import DistributedDataParallel
 from data.run import ABOUT, UserError, explain, naming, remove_others, write_json, write_whole
 
 
+def of_launcher(name, default):
+    """A number that torchrun or srun leaves in the environment. raises UserError"""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise UserError(f"{name}={value} in the environment must be a number; unset it, or use torchrun")
+    return int(value)
+
+
 class Ranks:
-    """One process, or several: which of them this is, and all that they say to each other. Alone, each of
-    these does nothing."""
+    """One process, or several: which of them this is, and how it talks to the others. Alone, it has nothing
+    to say, and each method does its work for one.
+
+    raises  UserError where the environment is no launcher's
+    """
 
     def __init__(self, parallel="ddp"):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local = int(os.environ.get("LOCAL_RANK", 0))
-        self.beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # how many are on this machine
+        self.rank, self.world = of_launcher("RANK", 0), of_launcher("WORLD_SIZE", 1)
+        self.local, self.beside = of_launcher("LOCAL_RANK", 0), of_launcher("LOCAL_WORLD_SIZE", 1)
+        if self.rank >= self.world:
+            raise UserError(f"RANK={self.rank} in the environment must be below WORLD_SIZE={self.world}; "
+                            "unset both, or use torchrun")
+        if self.world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise UserError(f"WORLD_SIZE={self.world} in the environment: MASTER_ADDR and MASTER_PORT must "
+                            "say where ranks meet; set them, or use torchrun")
         self.first = self.rank == 0                 # the one that writes and speaks
         self.parallel = parallel
         self.sharded = parallel != "ddp" and self.world > 1
@@ -53,14 +69,14 @@ class Ranks:
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if self.sharded:
-            self.files = dist.new_group(backend="gloo")         # checkpoints are written while others talk
+            self.files = dist.new_group(backend="gloo")         # checkpoints are written while training talks
 
     def barrier(self):
         if self.world > 1:
             dist.barrier()
 
     def each(self, work, *args):
-        """Have every rank do this. Errors of one end the others too; it says why."""
+        """Have every rank do this. An error of one ends the others too; it alone says why."""
         error = None
         try:
             work(*args)
@@ -74,7 +90,7 @@ class Ranks:
         self.each(work if self.first else lambda *_: None, *args)
 
     def share(self, sequence):
-        """This rank's part of what all of them do together."""
+        """This rank's part of a sequence."""
         return sequence[self.rank::self.world]
 
     def sum(self, x):
@@ -86,14 +102,14 @@ class Ranks:
         return self.sum(x) / self.world
 
     def any(self, flag):
-        """Whether a rank says so: a signal may reach them in different steps."""
+        """Whether the flag of some rank is true: a signal may reach them in different steps."""
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
     @contextlib.contextmanager
     def together(self):
-        """An error says whose it is. When a rank is gone the others fail too, and say that this is all."""
+        """Put the rank before an error. When one is gone the others fail too, and say no more than that."""
         try:
             yield
         except RuntimeError as error:               # of gloo and NCCL, who have many words for it
@@ -105,11 +121,11 @@ class Ranks:
                 error.args = (f"rank {self.rank}: {error}",)
             raise
 
-    # --- who keeps what
+    # --- sharing a model
 
     def split(self, model):
-        """Leave of a model without memory, on the meta device, this rank's part of each weight, with memory
-        but without values: fill() or read_parts() give it those."""
+        """Turn a model on the meta device into this rank's part of it, which has memory but no values yet:
+        fill() or restore() give it those."""
         for block in model.blocks:
             fully_shard(block, reshard_after_forward=self.parallel == "fsdp")
         fully_shard(model).to_empty(device=self.device)
@@ -118,7 +134,7 @@ class Ranks:
         return model
 
     def fill(self, model, whole):
-        """Hand out the weights of the whole model, which only the first rank needs to have."""
+        """Hand out the weights of the whole model, which the first rank alone needs to have."""
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, whole.state_dict() if self.first else {}, options=options)
 
@@ -127,11 +143,12 @@ class Ranks:
         self.replica = model
         if self.world > 1 and not self.sharded:
             gpus = [self.device] if self.device.type == "cuda" else None
-            self.replica = DistributedDataParallel(model, device_ids=gpus, broadcast_buffers=False)
+            self.replica = DistributedDataParallel(model, device_ids=gpus, broadcast_buffers=False,
+                                                   gradient_as_bucket_view=True)    # no second copy of them
 
     def averaging(self, now):
-        """The context of a micro-batch. Where gradients accumulate, the last one's backward averages them
-        all; but for fsdp, which keeps no whole gradients."""
+        """The context of a micro-batch; now: it is a step's last. Its backward averages the gradients of all;
+        fsdp, which keeps no whole gradients, averages after each."""
         if self.sharded and self.parallel == "zero2":
             self.replica.set_requires_gradient_sync(now)
             self.replica.set_reshard_after_backward(now)
@@ -146,11 +163,8 @@ class Ranks:
     # --- checkpoints: a file or, where ranks share the model, a folder of parts, whole when ABOUT is there
 
     def save(self, run_folder, model, optimizer, about):
-        """Save what tensors_of() finds and about, a dict: its step, and what else is to be known of it. Parts
-        are copied, and written while training goes on; finish_saving() ends that. All ranks do it together.
-
-        raises  UserError
-        """
+        """Save the state of model and optimizer and about, a dict with its step. Parts are copied and written
+        while training goes on; finish_saving() ends that. All ranks call it together. raises UserError"""
         if not self.sharded:
             path = Path(run_folder, "ckpt.pt")
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **about}

@@ -234,7 +234,7 @@ def training_step(run, step):
                 loss = ranks.replica(idx, targets) / len(mine)
             loss.backward()
         total += loss.detach()
-    loss, norm = float(ranks.mean(total)), clip_gradient(model, c.grad_clip)
+    loss, norm = float(ranks.mean(total)), clip_gradient(model, c.grad_clip, ranks)
     if not math.isfinite(loss) or not math.isfinite(norm):                      # the model stays as it was
         raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}")
     optimizer.step()
@@ -243,10 +243,19 @@ def training_step(run, step):
     return loss, norm, model.after_step(ranks.sum)
 
 
-def clip_gradient(model, largest):
-    """Shorten the gradient to this norm, if it is longer; 0: do not. Returns the norm that it had."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+def clip_gradient(model, largest, ranks):
+    """Shorten the gradient to this norm, if it is longer; 0: never. Returns the norm that it had.
+
+    We add squares up in fp64: ranks that share a model add in another order, and fp32 would show it.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    here = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    total = sum(torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in here)
+    norm = float((ranks.sum(total) if ranks.sharded else total).sqrt().float())
+    factor = largest / (norm + 1e-6) if largest else 1.0
+    if factor < 1:
+        torch._foreach_mul_(here, factor)
+    return norm
 
 
 @torch.no_grad()
@@ -585,7 +594,7 @@ def train(c, stop=None):
     with contextlib.ExitStack() as after, naming_memory(advice):    # this process may do other things
         after.callback(nvfp4.use_compiler, nvfp4.use_compiler(c.compile))
         run = set_up(c, after, stop)
-        stop.times = run.times
+        stop.begun, stop.times = True, run.times
         with run.ranks.together(), run.trace or contextlib.nullcontext():
             try:
                 return loop(run, stop)
@@ -605,6 +614,7 @@ def main(argv):
         print(help_text())
         return
     stop = Stop()
+    stop.begun = False                              # until the loop begins
     try:
         with catch_signals(stop):
             train(load_config(argv), stop)

@@ -351,14 +351,16 @@ TOGETHER = 0.2                                      # seconds: a terminal and to
 class Stop:
     """Asks work that takes steps to end after the step under way."""
     why = ""                                        # the name of a signal, or another reason; "": go on
+    begun = True                                    # False: nothing is to be finished, a signal ends all
     at = None                                       # the step at which it ended
     times = ()                                      # seconds of each step done, for whoever waits
 
 
 @contextlib.contextmanager
 def catch_signals(stop):
-    """Let SIGINT, SIGTERM and SIGHUP fill a Stop; the second of a kind ends the process at once. A thread
-    takes them: Python itself would wait for the operation under way, a backward of minutes.
+    """Let SIGINT, SIGTERM and SIGHUP fill a Stop; the second of a kind ends the process at once, and so does
+    the first before the work has begun. A thread takes them: Python itself would wait for the operation under
+    way, a backward of minutes.
     """
     came = {}
 
@@ -366,7 +368,7 @@ def catch_signals(stop):
         for number in iter(lambda: os.read(reader, 1), b""):
             name, now = signal.Signals(number[0]).name, time.monotonic()
             first = name not in came
-            if now - came.setdefault(name, now) > TOGETHER:
+            if now - came.setdefault(name, now) > TOGETHER or not stop.begun:
                 os._exit(128 + number[0])
             stop.why = stop.why or name
             if first:
