@@ -87,6 +87,66 @@ def draw(path, panels):
     save(figure, path)
 
 
+# ---------------------------------------------------------------- runs that analyze.py compares
+
+def analysis(layers, overall, terms, noise, channels, gaps, own):
+    """Panels of 2605.06067, from the rows of analyze.compare(): figures 1 and 8 of the widest models; figures
+    2, 3 and 4 of one model for each architecture, in its own recipe {arch: recipe} if there is one."""
+    width = max(row["width"] for row in overall)
+    layers, overall, terms, noise, channels, gaps = (
+        [row for row in rows if row["width"] == width]
+        for rows in (layers, overall, terms, noise, channels, gaps))
+    overall.sort(key=lambda row: row["recipe"] == own[row["arch"]])
+    main = {row["arch"]: row["recipe"] for row in overall}
+    terms, channels = ([row for row in rows if row["recipe"] == main[row["arch"]]]
+                       for rows in (terms, channels))
+    stages = [row | {"stage": stage, "snr": row[stage]} for row in overall
+              for stage in ("weights", "activations", "products", "dot")]
+    names = list(dict.fromkeys(row["layer"] for row in layers))
+    gains = [row | {"number": names.index(row["layer"]) + 1} for row in layers]
+    sums = [*curves(terms, "k", "dot", linestyle="", label="sums of k terms"),
+            *curves([row | {"eq4": row["eq4"][0]} for row in terms], "k", "eq4", marker="", label="eq. 4")]
+    gaps = [row for row in gaps if (row["ngpt"], row["gpt"]) == (main.get("ngpt"), main.get("gpt"))]
+    ratio = [([row["k"] for row in gaps], [row[key] for row in gaps], look | {"color": "black"})
+             for key, look in (("gap_db", {"marker": "o", "linestyle": "", "label": "measured"}),
+                               ("eq5_db", {"label": "eq. 5"})) if gaps]
+    log_terms = {"xscale": "log", "xticks": [16 * 8**i for i in range(5)]}
+    return [
+        ("Fig. 1  SNR by stage", "stage (mean over layers)", "SNR, dB", curves(stages, "stage", "snr"), {}),
+        ("Fig. 1  averaging gain by layer", "linear layer, first to last", "SNR(dot) / SNR(products), dB",
+         curves(gains, "number", "gain"), {"xticks": range(1, len(names) + 1, len(names) // 8 + 1)}),
+        ("Fig. 8  flatness", "relative weight noise", "growth of held-out loss, nats",
+         curves(noise, "alpha", "growth"), {}),
+        scatter(channels, "z_s", "signal", 1), scatter(channels, "z_n", "noise", -1),
+        ("Fig. 4  SNR against width", "terms k of the dot product", "SNR(dot), dB", sums, log_terms),
+        histogram(channels, "rho_s", "signal"), histogram(channels, "rho_n", "noise"),
+        ("Fig. 4  nGPT over GPT", "terms k of the dot product", "ratio of SNR(dot), dB", ratio, log_terms)]
+
+
+def scatter(channels, key, what, slope):
+    """Fig. 2: SNR of each channel of the MLPs against its z; the line is eq. 2 with the other z fixed."""
+    mlps = [row for row in channels if ".fc" in row["layer"]] or channels
+    points = [row | {"db": 20 * np.log10(row[key])} for row in mlps if np.isfinite(row["dot"])]
+    x, y = np.array([(row["db"], row["dot"]) for row in points]).T
+    ends = np.percentile(x, (0.5, 99.5))
+    line = ends, y.mean() + slope * (ends - x.mean()), {
+        "color": "black", "zorder": 3, "label": f"eq. 2;  $R^2$ = {np.corrcoef(x, y)[0, 1]**2:.2f}"}
+    cloud = curves(points[::len(points) // 1000 + 1], "db", "dot", linestyle="", markersize=2.5, alpha=0.5,
+                   markeredgewidth=0.3)             # enough of them to see it
+    return (f"Fig. 2  {what}, channels of MLPs", f"normalized {what} {key}, dB", "SNR of the channel, dB",
+            [*cloud, line], {})
+
+
+def histogram(channels, key, what):
+    """Fig. 3: density of rho over the channels of all layers."""
+    lines = curves([row | {key: 1e3 * row[key]} for row in channels if np.isfinite(row[key])], key, key)
+    edges = np.linspace(*np.percentile(np.concatenate([y for _, y, _ in lines]), (1, 97)), 36)
+    steps = [((edges[1:] + edges[:-1]) / 2, np.histogram(y, edges)[0] / len(y) / np.diff(edges),
+              style | {"marker": "", "drawstyle": "steps-mid"}) for _, y, style in lines]
+    return (f"Fig. 3  correlation of the {what}", f"{key} of a channel, 1e-3", "share of channels per 1e-3",
+            steps, {})
+
+
 # ---------------------------------------------------------------- the README's: losses of runs
 
 def losses(path, runs):

@@ -1,4 +1,4 @@
-# python analyze.py recipes
+# python assets/experiments.py recipes
 # The ladder's GPT: many short runs, of minutes on one core. 8 * 256 = 2,048 tokens a step, 1.2M in all.
 arch = "gpt"
 recipe = "nvfp4"

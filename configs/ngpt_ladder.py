@@ -1,4 +1,4 @@
-# python analyze.py recipes
+# python assets/experiments.py recipes
 # The ladder's nGPT, beside configs/gpt_ladder.py.
 arch = "ngpt"
 recipe = "ngpt"
