@@ -22,8 +22,6 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import torch
-
 try:
     import fcntl
 except ImportError:                                 # no POSIX: no locks
@@ -299,6 +297,7 @@ def remove_others(path):
 def load_checkpoint(path):
     """A checkpoint as a dict: step, config, origin of the data, rows (CRC-32 of its metrics) and, of a file,
     the state of model and optimizer, without a flipped bit. raises UserError"""
+    import torch                                    # late: processes that prepare data need none of it
     if not path.exists():
         raise UserError(f"{path}: no checkpoint there; train a run first, or give another folder")
     if path.is_dir():
@@ -335,6 +334,7 @@ def keep_memory():
 def free_bytes(device):
     """What is left of a device's memory; None where nobody says."""
     if device.type == "cuda":
+        import torch
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as file:

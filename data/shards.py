@@ -1,10 +1,10 @@
 """More text than one process or one file can take: parquet files or JSON lines, here or far away, become the
 shards of a dataset (data/tokens.py).
 
-The files, one after the other, are cut into equal slices, and each slice becomes a shard. A process makes one
+We cut the files, one after the other, into equal slices, and each slice becomes a shard. A process makes one
 at a time and writes it whole, so that a kill leaves shards that the next call passes over. A document's text
-alone decides whether it is held out: equal ones are on one side. Those of a slice wait in val_00000.jsonl and
-so on for val.bin, which is written last.
+alone decides whether it is held out: equal documents are on one side. The held-out documents of a slice wait
+in val_00000.jsonl and so on for val.bin, which is written last.
 """
 import contextlib
 import hashlib
@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.run import Lines, UserError, naming, parse_object, sweep, write_whole
-from data.tokens import (MIN_SPLIT_BYTES, DataError, encode, load_tokenizer, make_tokenizer,
-                         read_tokenizer_file, read_tokens, shard_path, token_file, write_tokens)
+from data.run import Lines, UserError, parse_object, sweep, write_whole
+from data.tokens import (MIN_SPLIT_BYTES, encode, load_tokenizer, make_tokenizer, read_tokenizer_file,
+                         read_tokens, shard_path, token_file, write_tokens)
 
 SLICE_BYTES = 200_000_000   # of the files, at least: about 70M tokens of parquet, 40M of JSON lines
 BPE_BYTES = 50_000_000      # of text, the first, train the bpe tokenizer
@@ -53,25 +53,24 @@ class Plan(NamedTuple):
 
 
 def prepare_shards(corpus, out, tokenizer="bpe", vocab_size=50304, n_tokens=None, processes=None):
-    """Write train_00000.bin and so on, val.bin and tokenizer.json into out. Neither kills, after which the
-    same call goes on, nor the number of processes change a byte.
+    """Write train_00000.bin and so on, val.bin and tokenizer.json into out. After a kill the same call goes
+    on. Neither a kill nor the number of processes changes a byte.
 
     tokenizer, vocab_size: as in tokens.prepare(). n_tokens: of the first shards, about; None: all shards
-    raises: DataError
+    raises: UserError
     """
     started, out, size = time.time(), Path(out), sum(size for _, size in corpus.files)
     for knob, value, least in (("val_every", corpus.val_every, 2), ("tokens", n_tokens, 1),
                                ("processes", processes, 1)):
         if value is not None and not value >= least:
-            raise DataError(f"--{knob}={value} must be at least {least}; raise it")
+            raise UserError(f"--{knob}={value} must be at least {least}; raise it")
     if (out / "train.bin").exists():
-        raise DataError(f"{out}: holds another dataset, train.bin; choose a folder with --out")
+        raise UserError(f"{out}: holds another dataset, train.bin; choose a folder with --out")
     n = max(1, size // SLICE_BYTES)
     source = f"{corpus.source}, {corpus.field}, 1 in {corpus.val_every} held out, {n} slices, {tokenizer}"
     source += f" of {vocab_size}" if tokenizer == "bpe" else ""
     print(f"{out}: {len(corpus.files)} files, {size / 1e9:,.2f} GB, in {n} slices", flush=True)
-    with naming(out):
-        out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(Lines(out / "prepare.txt", alone=True)):
         sweep(out)
         if (out / "val.bin").exists():
@@ -93,7 +92,7 @@ def first_docs(corpus):
     left = BPE_BYTES
     for text in documents(corpus, 0, 1):
         raw = text.encode()
-        if left > 0 and not held_out(raw, corpus.val_every):
+        if not held_out(raw, corpus.val_every):
             left -= len(raw)
             yield text
         if left <= 0:
@@ -116,13 +115,13 @@ def make_shards(plan, n_tokens, processes):
                 print(f"{shard_path(plan.out, number)}: {header.n_tokens:,} tokens of {header.n_bytes:,} "
                       f"bytes, {header.bytes_per_token:.3f} bytes/token", flush=True)
     except BrokenProcessPool:
-        raise DataError(f"{plan.out}: a process was killed, perhaps for want of memory; the same command "
+        raise UserError(f"{plan.out}: a process was killed, perhaps for want of memory; the same command "
                         "goes on, with fewer --processes") from None
     return count
 
 
 def end_with_parent():
-    """In a process of the pool: nobody would tell it that the parent was killed."""
+    """A process of the pool ends when its parent was killed: nobody else would tell it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -158,10 +157,10 @@ def held_out(raw, val_every):
 
 
 def check_made(path, source):
-    """The Header of a file that is there, and so is whole. raises: DataError where its source is another"""
+    """The Header of a file that is there, and so is whole. raises: UserError where its source differs"""
     header = read_tokens(path, scan=1)[1]
     if header.source != source:
-        raise DataError(f"{path}: made from {header.source}, not from {source}; choose a folder with --out, "
+        raise UserError(f"{path}: made from {header.source}, not from {source}; choose a folder with --out, "
                         "or empty this one")
     return header
 
@@ -171,7 +170,7 @@ def write_val(plan, count):
     docs = [json.loads(line) for line in lines]
     n_bytes = sum(len(doc.encode()) for doc in docs)
     if n_bytes < MIN_SPLIT_BYTES:
-        raise DataError(f"{plan.out}: too little text, {n_bytes} bytes for val.bin which needs at least "
+        raise UserError(f"{plan.out}: too little text, {n_bytes} bytes for val.bin which needs at least "
                         f"{MIN_SPLIT_BYTES}; lower --val_every or give more text, in an empty folder")
     encoding = load_tokenizer(plan.out)
     header = write_tokens(plan.out / "val.bin", encode(docs, encoding), encoding.n_vocab, plan.tokenizer,
@@ -182,7 +181,7 @@ def write_val(plan, count):
 # ---------------------------------------------------------------- documents
 
 def documents(corpus, number, n_slices):
-    """The texts that begin in a slice, in order, but for empty ones. raises: DataError naming the file"""
+    """The texts that begin in a slice, in order, but for empty ones. raises: UserError naming the file"""
     total = sum(size for _, size in corpus.files)
     start, end = total * number // n_slices, total * (number + 1) // n_slices
     for path, size in corpus.files:
@@ -194,21 +193,21 @@ def documents(corpus, number, n_slices):
                         if text is not None and text.strip():
                             yield text.encode(errors="replace").decode()    # JSON has halves of characters
             except UserError as error:
-                raise DataError(f"{path}: {error}") from None
+                raise UserError(f"{path}: {error}") from None
             except Exception as error:              # of the system, of pyarrow, of what fetches
-                raise DataError(f"{path}: {type(error).__name__}: {error}") from None
+                raise UserError(f"{path}: {type(error).__name__}: {error}") from None
         start, end = start - size, end - size
 
 
 def parquet_texts(file, field, size, start, end):
-    """Of bytes [start, end) of the file, for which rows stand in proportion"""
+    """Rows in proportion to bytes [start, end) of the file"""
     try:
         from pyarrow import parquet
     except ImportError:
-        raise DataError("parquet is read by pyarrow: pip install pyarrow") from None
+        raise UserError("parquet is read by pyarrow: pip install pyarrow") from None
     table = parquet.ParquetFile(file)
     if field not in table.schema_arrow.names:
-        raise DataError(f"no column {field}, but {', '.join(table.schema_arrow.names)}; give another --field")
+        raise UserError(f"no column {field}, but {', '.join(table.schema_arrow.names)}; give another --field")
     n_rows = table.metadata.num_rows
     first, last = -(-start * n_rows // size), -(-end * n_rows // size)
     for group in range(table.num_row_groups):
@@ -221,7 +220,7 @@ def parquet_texts(file, field, size, start, end):
 
 
 def json_texts(file, field, size, start, end):
-    """Of the lines that begin in bytes [start, end) of the file"""
+    """Texts of the lines that begin in bytes [start, end) of the file"""
     if start:
         file.seek(start - 1)
         file.readline()
@@ -231,5 +230,5 @@ def json_texts(file, field, size, start, end):
         if line.strip():
             record = parse_object(line, where)
             if field not in record:
-                raise DataError(f"{where} has no {field}, but {', '.join(record)}; give another --field")
+                raise UserError(f"{where} has no {field}, but {', '.join(record)}; give another --field")
             yield record[field]

@@ -3,18 +3,18 @@
 A prepared dataset is a folder with train.bin, val.bin and tokenizer.json. In place of train.bin, or beside
 it, there may be shards: train_00000.bin, train_00001.bin and so on (data/shards.py makes them).
 
-A .bin file is a header of 1024 bytes (256 int32), then the ids, little-endian:
+A .bin file is a header of 1024 bytes, then the ids, little-endian:
 
     bytes 0-7      magic  b"NVFP4BIN"
     bytes 8-11     layout version, int32
     bytes 12-1023  the fields of Header as UTF-8 JSON, padded with zero bytes
 
 tokenizer.json holds the tokenizer's name and, for our own BPE, the split pattern, the special tokens and the
-bytes of each token in base64, in the order of the ids. That name ends in a digest of pattern and tokens, and
-every .bin file repeats it: ids cannot be read beside the tokenizer of another run.
+bytes of each token in base64, in the order of the ids. The name ends in a digest of pattern and tokens. Every
+.bin file repeats it, so nobody reads ids with another tokenizer.
 
-A run takes windows of block_size + 1 tokens out of these files, each out of one. Where they begin is a
-function of the seed and the step, of nothing else: there is no state that a checkpoint would have to keep.
+A run takes windows of block_size + 1 tokens, each out of one file. The seed and the step alone decide where
+they begin, so a checkpoint keeps no state of the data.
 
 Each document begins with <|endoftext|>, which separates documents and opens a sample. Plain bytes ("bytes",
 for tests) have no such token; there the documents follow each other directly.
@@ -39,13 +39,14 @@ import numpy as np
 import regex
 import tiktoken
 
-from data.run import UserError, naming, parse_object, write_whole
+from data.run import UserError, naming, parse_object, read_json, write_whole
 
 MAGIC = b"NVFP4BIN"
 VERSION = 1
 HEADER_BYTES = 1024
-SCAN_TOKENS = 30_000_000   # so many ids are checked against the vocabulary, and counted: of small text all
-PIECE = 2**16              # of more they are runs of this length, spread evenly
+ID_TYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+SCAN_TOKENS = 30_000_000   # we check and count so many ids at most: small text is read whole
+PIECE = 2**16              # of larger text we read runs of this length, spread evenly
 MIN_SPLIT_BYTES = 1000     # less text than this in a split is a mistake, not a dataset
 MAX_WORD_BYTES = 64        # the BPE trainer cuts longer words (rules, base64): its time is quadratic in them
 ENDOFTEXT = "<|endoftext|>"
@@ -55,10 +56,6 @@ SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s{1,64}(?!\
 # The name under which tiktoken caches r50k_base.tiktoken (GPT-2's ids), and the sha256 it demands of it.
 GPT2_CACHE_NAME = "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-
-
-class DataError(UserError):
-    """A mistake in data or options that the user can mend: one line, to be printed without a traceback."""
 
 
 # ---------------------------------------------------------------- token files
@@ -86,50 +83,48 @@ def write_tokens(path, ids, vocab_size, tokenizer, source, n_bytes):
 
 
 def token_file(path, ids, vocab_size, tokenizer, source, n_bytes):
-    """returns: the Header of write_tokens() and what writes the file."""
+    """returns: the Header of write_tokens() and a function that writes the file."""
     ids = np.asarray(ids)
     if ids.size == 0:
-        raise DataError(f"{path}: there are no tokens to write; give more text")
+        raise UserError(f"{path}: there are no tokens to write; give more text")
     for extreme in (ids.min(), ids.max()):
         if not 0 <= extreme < vocab_size:
-            raise DataError(f"{path}: id {extreme} is outside vocab_size={vocab_size}; raise vocab_size")
+            raise UserError(f"{path}: id {extreme} is outside vocab_size={vocab_size}; raise vocab_size")
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     header = Header(dtype, ids.size, int(vocab_size), int(n_bytes), tokenizer, source)
     head = MAGIC + VERSION.to_bytes(4, "little") + json.dumps(asdict(header), ensure_ascii=False).encode()
     if len(head) > HEADER_BYTES:
-        raise DataError(f"{path}: source={source[:40]!r}... does not fit {HEADER_BYTES} bytes; shorten it")
+        raise UserError(f"{path}: source={source[:40]!r}... does not fit {HEADER_BYTES} bytes; shorten it")
 
     def write(file):
         file.write(head.ljust(HEADER_BYTES, b"\0"))
-        file.write(ids.astype(_little_endian(dtype)).data)
+        file.write(ids.astype(ID_TYPES[dtype]).data)
     return header, write
 
 
 def read_tokens(path, scan=SCAN_TOKENS):
-    """returns: ids (n_tokens,) as a read-only memmap, and their Header. raises: DataError, also where one of
-    the ids that are looked at, so many, is not in the vocabulary"""
+    """returns: ids (n_tokens,) as a read-only memmap, and their Header. Of the ids about scan are compared
+    with the size of the vocabulary. raises: UserError"""
     path = Path(path)
     ids, header = _map_tokens(path, scan)
     if (path.parent / "tokenizer.json").exists():
         name = read_tokenizer_file(path.parent)["name"]
         if name != header.tokenizer:
-            raise DataError(f"{path}: its ids are of {header.tokenizer}, but the tokenizer.json beside it is "
+            raise UserError(f"{path}: its ids are of {header.tokenizer}, but the tokenizer.json beside it is "
                             f"{name}; run: {_prepare_command(path.parent)}")
     return ids, header
 
 
 def _map_tokens(path, scan):
-    """read_tokens() without a look at the tokenizer"""
+    """read_tokens() without a look at tokenizer.json"""
 
     def error(what):
-        return DataError(f"{path}: {what}; run: {_prepare_command(path.parent)}")
+        return UserError(f"{path}: {what}; run: {_prepare_command(path.parent)}")
 
     if not path.is_file():
         raise error("no such file" if path.parent.is_dir() else "no such folder")
     with naming(path), open(path, "rb") as file:
         head = file.read(HEADER_BYTES)
-    if not head:
-        raise error("the file is empty")
     if not head.startswith(MAGIC):
         raise error(f"not a token file (begins with {head[:8]!r}, not {MAGIC!r})")
     version = int.from_bytes(head[8:12], "little")
@@ -138,16 +133,14 @@ def _map_tokens(path, scan):
     try:
         header = Header(**parse_object(head[12:].rstrip(b"\0"), path))
         sound = all(type(getattr(header, field.name)) is field.type for field in fields(Header))
-        sound = sound and 0 < header.n_bytes < 2**63 and 0 < header.vocab_size <= 2**32
+        sound = sound and min(header.n_tokens, header.vocab_size, header.n_bytes) > 0
     except (UserError, TypeError):                  # TypeError: fields that are missing, or not known
         sound = False
-    if not sound:
+    if not sound or header.dtype not in ID_TYPES:
         raise error("its header is damaged")
-    if header.dtype not in ("uint16", "uint32"):
-        raise error(f"its dtype {header.dtype!r} is unknown (uint16 or uint32)")
-    dtype = _little_endian(header.dtype)
+    dtype = ID_TYPES[header.dtype]
     expected, size = HEADER_BYTES + header.n_tokens * dtype.itemsize, path.stat().st_size
-    if size != expected or header.n_tokens < 1:
+    if size != expected:
         raise error(f"{size} bytes long, but {header.n_tokens} tokens of {header.dtype} take {expected}")
     ids = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES)
     if hasattr(mmap, "MADV_RANDOM"):                # else a disk may read megabytes beside each window
@@ -156,10 +149,6 @@ def _map_tokens(path, scan):
     if largest >= header.vocab_size:
         raise error(f"holds id {largest}, not below vocab_size={header.vocab_size}")
     return ids, header
-
-
-def _little_endian(dtype):
-    return np.dtype(dtype).newbyteorder("<")
 
 
 def _prepare_command(folder):
@@ -175,14 +164,14 @@ def train_bpe(docs, vocab_size):
     """docs: a text or a list of texts. vocab_size: counts the 256 bytes and <|endoftext|>.
 
     value: again and again, the next token is the byte string that neighbouring tokens of a word spell most
-        often; of equals, the smallest. Ends early when no string is spelled twice. Strings may be counted in
-        place of pairs: between two boundaries nothing outside matters, so "abc" is spelled "ab" + "c"
-        everywhere or "a" + "bc" everywhere, and cannot become two tokens.
+        often; of equals, the smallest. Ends early when no string is spelled twice. We count strings in place
+        of pairs: between two boundaries nothing outside matters, so "abc" is spelled "ab" + "c" everywhere or
+        "a" + "bc" everywhere, and cannot become two tokens.
     returns: ranks {bytes of a token: its id}; <|endoftext|> is not among them, its id is len(ranks)
     source: arXiv 1508.07909, section 3.2, on bytes instead of characters
     """
     if vocab_size < 257:
-        raise DataError(f"--vocab_size={vocab_size} must be 257 or more (bytes and {ENDOFTEXT}); raise it")
+        raise UserError(f"--vocab_size={vocab_size} must be 257 or more (bytes and {ENDOFTEXT}); raise it")
     whole, distinct = Counter(), Counter()
     for doc in [docs] if isinstance(docs, str) else docs:
         whole.update(regex.findall(SPLIT, doc))
@@ -250,13 +239,11 @@ def _bpe_name(ranks, pattern):
     return f"bpe{len(ranks) + 1}-{digest[:12]}"
 
 
-def save_tokenizer(folder, name, ranks=None):
-    """name: "gpt2", "bytes", or that of bpe_encoding(ranks), with those ranks"""
-    write_whole({Path(folder, "tokenizer.json"): tokenizer_file(name, ranks)})
-
-
 def tokenizer_file(name, ranks=None):
-    """returns: what writes the file of save_tokenizer()."""
+    """name: "gpt2", "bytes", or that of bpe_encoding(ranks), with those ranks.
+
+    returns: a function that writes tokenizer.json
+    """
     saved = {"name": name}
     if ranks is not None:
         tokens = [base64.b64encode(token).decode() for token in sorted(ranks, key=ranks.get)]
@@ -275,10 +262,10 @@ def load_tokenizer(folder_or_name, origin=None):
                                  mergeable_ranks={bytes([byte]): byte for byte in range(256)})
     if folder_or_name == "gpt2":
         return _load_gpt2()
-    saved = read_tokenizer_file(folder_or_name)
+    path, saved = Path(folder_or_name, "tokenizer.json"), read_tokenizer_file(folder_or_name)
     if origin and saved["name"] != origin.partition(",")[0]:
-        raise DataError(f"{Path(folder_or_name, 'tokenizer.json')}: {saved['name']} is not the tokenizer of "
-                        f"the run, {origin}; prepare that data again")
+        raise UserError(f"{path}: {saved['name']} is not the tokenizer of the run, {origin}; prepare that "
+                        "data again")
     if saved["name"] in ("bytes", "gpt2"):
         return load_tokenizer(saved["name"])
     try:
@@ -287,30 +274,28 @@ def load_tokenizer(folder_or_name, origin=None):
     except (KeyError, TypeError, ValueError):
         name = None
     if name != saved["name"]:
-        raise DataError(f"{Path(folder_or_name, 'tokenizer.json')}: damaged (its tokens are not those of "
-                        f"{saved['name']}); run: {_prepare_command(folder_or_name)}")
+        raise UserError(f"{path}: damaged (its tokens are not those of {saved['name']}); run: "
+                        f"{_prepare_command(folder_or_name)}")
     return bpe_encoding(ranks, saved["pattern"])
 
 
 def read_tokenizer_file(folder):
     path = Path(folder, "tokenizer.json")
     try:
-        saved = parse_object(path.read_bytes(), path)
+        saved = read_json(path)
         if isinstance(saved.get("name"), str):
             return saved
-        what = "damaged"
-    except OSError as error:
-        what = error.strerror.lower()
-    except UserError:
-        what = "damaged"
-    raise DataError(f"{path}: {what}; run: {_prepare_command(folder)}")
+        what = f"{path}: damaged, it has no name"
+    except UserError as error:
+        what = error
+    raise UserError(f"{what}; run: {_prepare_command(folder)}")
 
 
 def _load_gpt2():
-    # tiktoken deletes a file with another hash, then downloads without a time-out: so look before it does.
+    # tiktoken deletes a file with another hash, then downloads without a time-out. So we look first.
     path = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or os.devnull, GPT2_CACHE_NAME)
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != GPT2_SHA256:
-        raise DataError(f"--tokenizer=gpt2 needs r50k_base.tiktoken (sha256 {GPT2_SHA256[:12]}...) named "
+        raise UserError(f"--tokenizer=gpt2 needs r50k_base.tiktoken (sha256 {GPT2_SHA256[:12]}...) named "
                         f"{GPT2_CACHE_NAME} in the folder TIKTOKEN_CACHE_DIR; put it there (the same file "
                         "is whisper/assets/gpt2.tiktoken in openai-whisper) or take --tokenizer=bpe")
     return tiktoken.get_encoding("r50k_base")
@@ -319,8 +304,8 @@ def _load_gpt2():
 # ---------------------------------------------------------------- a dataset, and windows of it
 
 class Shards:
-    """Token files as one array to take windows of block_size + 1 tokens from. Only places where a window can
-    begin are counted, and block_size at the end: no start that train_starts() draws reaches across files."""
+    """Token files as one array of windows of block_size + 1 tokens. We count only the places where a window
+    can begin, and block_size at the end, so no window that train_starts() draws reaches across two files."""
 
     def __init__(self, files, block_size):
         self.files, self.n_tokens = files, sum(map(len, files))
@@ -337,8 +322,8 @@ class Shards:
 
 
 def pieces(ids, at_most=SCAN_TOKENS):
-    """Parts of an array or of Shards, in order: all of it, or, of more than at_most tokens, a sample of half
-    as many at least, spread evenly"""
+    """Parts of an array or of Shards, in order. Of more than at_most tokens they are a sample: at least half
+    as many, spread evenly"""
     files = ids.files if isinstance(ids, Shards) else [ids]
     every = -(-sum(map(len, files)) // at_most)
     for file in files:
@@ -355,7 +340,7 @@ class Data(NamedTuple):
 
     @property
     def origin(self):
-        """What a run was trained on, to be recognized when it goes on, wherever it lies by then."""
+        """What a run was trained on. A resumed run compares it, wherever the files lie by then."""
         origin = f"{self.header.tokenizer}, {self.header.source}"
         if isinstance(self.train, Shards):
             origin += f", {len(self.train.files)} files of {self.train.n_tokens} tokens"
@@ -363,9 +348,9 @@ class Data(NamedTuple):
 
     @property
     def document_start(self):
-        """The token that begins each document. raises DataError where the tokenizer has none"""
+        """The token that begins each document. raises UserError where the tokenizer has none"""
         if ENDOFTEXT not in self.tokenizer.special_tokens_set:
-            raise DataError(f"document_start=-1 must find {ENDOFTEXT}, which the tokenizer "
+            raise UserError(f"document_start=-1 must find {ENDOFTEXT}, which the tokenizer "
                             f"{self.header.tokenizer} has not; give a token, or leave it out")
         return self.tokenizer.eot_token
 
@@ -376,36 +361,36 @@ def data_folder(dataset):
 
 
 def prepare_missing(dataset):
-    """Run the prepare.py of a dataset that was never prepared, to its last file, where it has one that takes
-    no arguments."""
+    """Run the prepare.py of a dataset that has no val.bin yet, its last file. data/text/prepare.py takes
+    arguments, so it is left out."""
     folder = data_folder(dataset)
     script = folder / "prepare.py"
     if not (folder / "val.bin").exists() and dataset != "text" and script.exists():
         print(f"preparing {dataset}: python {script}", flush=True)
         if subprocess.run([sys.executable, str(script)]).returncode:
-            raise DataError(f"dataset={dataset}: {script} failed; see above")
+            raise UserError(f"dataset={dataset}: {script} failed; see above")
 
 
 def load_data(dataset, block_size, vocab_size=None):
     """A prepared dataset as Data, checked to hold a window; vocab_size=None takes the tokenizer's.
 
-    raises: DataError
+    raises: UserError
     """
     folder, need = data_folder(dataset), block_size + 1
     (train, head), (val, val_head) = read_train(folder, block_size), read_tokens(folder / "val.bin")
     for name, ids in (("train_*.bin" if isinstance(train, Shards) else "train.bin", train), ("val.bin", val)):
         if len(ids) < need:
-            raise DataError(f"{folder / name}: {len(ids)} tokens must be {need} at least; lower block_size "
+            raise UserError(f"{folder / name}: {len(ids)} tokens must be {need} at least; lower block_size "
                             "or give more text")
     vocab_size = vocab_size or head.vocab_size
     if vocab_size < head.vocab_size:
-        raise DataError(f"vocab_size={vocab_size} must be {head.vocab_size} at least, the vocabulary of "
+        raise UserError(f"vocab_size={vocab_size} must be {head.vocab_size} at least, the vocabulary of "
                         f"{dataset}")
     return Data(train, val, val_head, load_tokenizer(folder), vocab_size)
 
 
 def read_train(folder, block_size):
-    """returns: the training ids, of several files as Shards, and a Header of theirs. raises: DataError"""
+    """returns: the training ids, of several files as Shards, and a Header of theirs. raises: UserError"""
     first, *others = train_files(folder)
     scan = SCAN_TOKENS // (1 + len(others))
     ids, head = read_tokens(first, scan)
@@ -415,18 +400,18 @@ def read_train(folder, block_size):
         for name in ("tokenizer", "dtype", "vocab_size", "source"):
             mine, theirs = getattr(header, name), getattr(head, name)
             if mine != theirs:
-                raise DataError(f"{path}: its {name} is {mine}, but {theirs} in {first.name}; remove what is "
+                raise UserError(f"{path}: its {name} is {mine}, but {theirs} in {first.name}; remove what is "
                                 "not of this dataset")
         files.append(ids)
     return (Shards(files, block_size) if others else files[0]), head
 
 
 def train_files(folder):
-    """Paths: train.bin, then the shards. raises: DataError where one is missing"""
+    """Paths: train.bin, then the shards. raises: UserError where one is missing"""
     shards = sorted(folder.glob("train_" + 5 * "[0-9]" + ".bin"))
     for number, path in enumerate(shards):
         if path != shard_path(folder, number):
-            raise DataError(f"{shard_path(folder, number)}: no such file, but {path.name} is there; run: "
+            raise UserError(f"{shard_path(folder, number)}: no such file, but {path.name} is there; run: "
                             f"{_prepare_command(folder)}")
     single = folder / "train.bin"
     return ([single] if single.exists() or not shards else []) + shards
@@ -461,7 +446,7 @@ def batch_at(ids, starts, block_size, device):
 
 def unigram_loss(train, val):
     """Cross-entropy in nats of val under the token frequencies of train, one count added to each token. Of
-    either a sample is enough where it has more than SCAN_TOKENS."""
+    more than SCAN_TOKENS tokens we read a sample."""
     val = np.concatenate([*pieces(val)])
     counts = np.ones(1 + max(int(piece.max()) for piece in (*pieces(train), val)), np.int64)
     for piece in pieces(train):
@@ -475,25 +460,24 @@ def prepare(train_docs, val_docs, out_dir, source, tokenizer="bpe", vocab_size=4
     """Write train.bin, val.bin and tokenizer.json into out_dir. The tokenizer sees the training split only.
 
     train_docs, val_docs: lists of texts. tokenizer: "bpe", "gpt2" or "bytes". vocab_size: of "bpe" only.
-    raises: DataError, before anything is written
+    raises: UserError, before anything is written
     """
     started = time.time()
     splits = {"train": train_docs, "val": val_docs}
     n_bytes = {split: sum(len(doc.encode()) for doc in docs) for split, docs in splits.items()}
     for split, size in n_bytes.items():
         if size < MIN_SPLIT_BYTES:
-            raise DataError(f"{out_dir}: too little text, {size} bytes for {split}.bin which needs at least "
+            raise UserError(f"{out_dir}: too little text, {size} bytes for {split}.bin which needs at least "
                             f"{MIN_SPLIT_BYTES}; give more text or another split")
     name, encoding, write_tokenizer = make_tokenizer(tokenizer, train_docs, vocab_size)
-    ids = {split: encode(docs, encoding) for split, docs in splits.items()}
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    paths = {split: Path(out_dir, f"{split}.bin") for split in splits}
-    files = {split: token_file(paths[split], ids[split], encoding.n_vocab, name, source, n_bytes[split])
-             for split in splits}
-    write_whole({Path(out_dir, "tokenizer.json"): write_tokenizer,
-                 **{paths[split]: write for split, (_, write) in files.items()}})
+    writers, headers = {Path(out_dir, "tokenizer.json"): write_tokenizer}, {}
     for split, docs in splits.items():
-        path, (header, _) = paths[split], files[split]
+        path = Path(out_dir, f"{split}.bin")
+        ids = encode(docs, encoding)
+        headers[path], writers[path] = token_file(path, ids, encoding.n_vocab, name, source, n_bytes[split])
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    write_whole(writers)
+    for (path, header), docs in zip(headers.items(), splits.values(), strict=True):
         print(f"{path}: {header.n_tokens:,} tokens of {name} from {len(docs):,} documents "
               f"of {header.n_bytes:,} bytes, {header.bytes_per_token:.3f} bytes/token")
     print(f"source: {source} | {time.time() - started:.1f} s")
@@ -502,7 +486,7 @@ def prepare(train_docs, val_docs, out_dir, source, tokenizer="bpe", vocab_size=4
 def make_tokenizer(kind, docs, vocab_size):
     """kind: "bpe", which is trained on docs, an iterable of texts; "gpt2" or "bytes".
 
-    returns: its name, its Encoding and what writes its tokenizer.json. raises: DataError
+    returns: its name, its Encoding and what writes its tokenizer.json. raises: UserError
     """
     if kind == "bpe":
         ranks = train_bpe(docs, vocab_size)
@@ -511,7 +495,7 @@ def make_tokenizer(kind, docs, vocab_size):
         print(f"bpe: {encoding.n_vocab} tokens{fewer} from training text")
         return encoding.name, encoding, tokenizer_file(encoding.name, ranks)
     if kind not in ("gpt2", "bytes"):
-        raise DataError(f"--tokenizer={kind} is unknown; choose bpe, gpt2 or bytes")
+        raise UserError(f"--tokenizer={kind} is unknown; choose bpe, gpt2 or bytes")
     return kind, load_tokenizer(kind), tokenizer_file(kind)
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whatever the current folder
 
-from data.run import command
+from data.run import UserError, command
 from data.shards import Corpus, prepare_shards
-from data.tokens import DataError
 
 HERE = Path(__file__).resolve().parent
 DATASET = "HuggingFaceFW/fineweb-edu"
@@ -40,18 +39,18 @@ def main(argv=None):
 
 
 def listed(sample, revision):
-    """returns: the commit, and (path, bytes) of the files of a sample. raises: DataError"""
+    """returns: the commit, and (path, bytes) of the files of a sample. raises: UserError"""
     try:
         from huggingface_hub import HfApi
     except ImportError:
-        raise DataError(f"{DATASET} takes pip install huggingface_hub pyarrow; {INSTEAD}") from None
+        raise UserError(f"{DATASET} takes pip install huggingface_hub pyarrow; {INSTEAD}") from None
     try:
         commit = HfApi().dataset_info(DATASET, revision=revision, timeout=30).sha
         tree = HfApi().list_repo_tree(DATASET, f"sample/{sample}", revision=commit, repo_type="dataset")
         return commit, sorted((f"datasets/{DATASET}@{commit}/{file.path}", file.size) for file in tree
                               if file.path.endswith(".parquet"))
     except Exception as error:                      # the hub's library has changed the class of these
-        raise DataError(f"{DATASET} takes a network ({error}); {INSTEAD}") from None
+        raise UserError(f"{DATASET} takes a network ({error}); {INSTEAD}") from None
 
 
 def open_remote(path, mode):

