@@ -29,6 +29,7 @@ import functools
 import math
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -956,7 +957,9 @@ def load_model(folder):
             saved["model"] = model.state_dict()
             read_parts(path, {f"model/{name}": tensor for name, tensor in saved["model"].items()}, saved)
         model.load_state_dict(saved["model"])
-        tokenizer = load_tokenizer(data_folder(str(saved["config"].get("dataset"))), saved["origin"])
+        if not Path(folder, "tokenizer.json").exists():         # a run of an earlier version
+            folder = data_folder(saved["config"]["dataset"])
+        tokenizer = load_tokenizer(folder, saved["origin"])
     except (UserError, RuntimeError, KeyError) as error:
         raise UserError(f"{path}: {error}") from None
     return model.eval(), tokenizer, saved["config"]

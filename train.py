@@ -6,15 +6,15 @@
     torchrun --nproc_per_node=8 train.py configs/ngpt_1b.py       the same, on several GPUs or processes
     python train.py -h                                            every field, its default and meaning
 
-A run is a folder, out_dir: config.json, metrics.jsonl (an object a step), log.txt, ckpt.pt. Nothing random is
-kept in it: data order, stochastic rounding and initialization are functions of the seed and the step, so a
-run that was stopped goes on bit for bit (--resume), and n ranks compute what one process with n micro-batches
-does. On a GPU that takes --deterministic: attention's backward there adds up in the order in which its parts
-are done, unless it is told not to.
+A run is a folder, out_dir: config.json, metrics.jsonl (an object a step), log.txt, tokenizer.json, ckpt.pt.
+It keeps no state of random numbers: data order, stochastic rounding and initialization are functions of the
+seed and the step. So a run that was stopped goes on bit for bit (--resume), and n ranks compute what one
+process with n micro-batches does. On a GPU that takes --deterministic, because the backward of attention adds
+up in any order otherwise.
 
-Exit status: 0 done, also where --resume finds nothing left to do; 75 stopped with a checkpoint, by SIGINT,
-SIGTERM, SIGHUP or a closed console: run it again with --resume; 1 an error, which running it again does not
-mend. The same signal once more ends a run at once, without a checkpoint.
+Exit status: 0 done, also where --resume finds nothing left to do; 75 stopped by SIGINT, SIGTERM, SIGHUP or a
+closed console, with a checkpoint: run it again with --resume; 1 an error, in one line. The same signal once
+more ends a run at once, without a checkpoint.
 """
 import contextlib
 import math
@@ -35,7 +35,8 @@ from configs import config
 from configs.config import Count, Fraction, NotNegative, Some
 from data.run import (STOPPED, Log, Stop, UserError, catch_signals, command, free_bytes, keep_memory,
                       load_checkpoint, naming_memory, newest_checkpoint)
-from data.tokens import Data, batch_at, load_data, prepare_missing, train_starts, unigram_loss, val_starts
+from data.tokens import (Data, batch_at, keep_tokenizer, load_data, prepare_missing, train_starts,
+                         unigram_loss, val_starts)
 from model import (ModelConfig, build, compile_blocks, count_parameters, flops_per_token, load_model, outline,
                    rank_bytes, sample_text)
 from nvfp4 import RECIPES
@@ -557,6 +558,7 @@ def set_up(c, after, stop):
     rows = saved and saved.get("rows")
     ranks.once(log.open, Path(c.out_dir), flatten(c), first_step, rows, c.mirror,
                lambda: refuse_to_overwrite(c))      # by a run that has ended meanwhile
+    ranks.once(keep_tokenizer, c.dataset, c.out_dir)
     run = Run(c, ranks, device, dtype, data, model, optimizer, log, first_step, c.stop_at or c.max_steps,
               saved=saved and first_step, trace=trace_of(c, ranks.rank))
     run.tokens = sum(tokens_of(c, step) for step in range(first_step))

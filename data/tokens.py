@@ -279,6 +279,12 @@ def load_tokenizer(folder_or_name, origin=None):
     return bpe_encoding(ranks, saved["pattern"])
 
 
+def keep_tokenizer(dataset, folder):
+    """Put a copy of a dataset's tokenizer.json into a run's folder, which can be moved then."""
+    text = (data_folder(dataset) / "tokenizer.json").read_bytes()
+    write_whole({Path(folder, "tokenizer.json"): lambda file: file.write(text)})
+
+
 def read_tokenizer_file(folder):
     path = Path(folder, "tokenizer.json")
     try:
