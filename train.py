@@ -107,7 +107,8 @@ def make_config(settings, name="run"):
         c = Config(**of[Config], model=ModelConfig(**of[ModelConfig]))
         recipe = config.check_choice("recipe", c.recipe or OWN_RECIPE[c.model.arch], RECIPES)
         c = replace(c, recipe=recipe, fp4=PaperConfig(**vars(RECIPES[recipe]) | of[PaperConfig]),
-                    out_dir=c.out_dir or f"out/{name}",
+                    out_dir=os.path.expanduser(c.out_dir or f"out/{name}"),
+                    dataset=os.path.expanduser(c.dataset),
                     min_lr=c.learning_rate / 50 if c.min_lr is None else c.min_lr)
     except ValueError as error:
         raise UserError(str(error)) from None

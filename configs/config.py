@@ -188,20 +188,24 @@ def read_settings(argv, owners, partial=False):
             raise UserError(f"{where}: no field is called {name}{nearest(name, table)} (-h lists them)")
         settings[name] = typed(name, value, table[name][2])
 
-    files = [argument for argument in argv if not argument.startswith("-")]
+    files, flags = [], []
+    for argument in argv:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("-"):
+            files.append(argument)
+        elif equals:
+            flags.append((name, value))
+        elif name in table and table[name][2] is bool:
+            flags.append((name, "True"))
+        else:
+            example = f"--{name}=VALUE" if name in table else f"--key=value{nearest(name, table)}"
+            raise UserError(f"{argument} must be given as {example}")
     for file in files:
         for name, value in run_file(file).items():
             if name in table or not partial:
                 put(name, value, file)
-    for flag in argv:
-        if flag.startswith("-"):
-            name, equals, value = flag.removeprefix("--").partition("=")
-            if not equals:
-                if name not in table or table[name][2] is not bool:
-                    example = f"--{name}=VALUE" if name in table else f"--key=value{nearest(name, table)}"
-                    raise UserError(f"{flag} must be given as {example}")
-                value = "True"
-            put(name, value, "command line")
+    for name, value in flags:
+        put(name, value, "command line")
     return settings, files
 
 
