@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -300,4 +301,6 @@ def read_parts(path, tensors, saved, ranks=None):
         found = there.get(name)
         check_fits(path, name, tensor, found and SimpleNamespace(shape=found.size,
                                                                  dtype=found.properties.dtype))
-    dcp.load(tensors, checkpoint_id=path, no_dist=ranks is None or ranks.world == 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")      # one process, and meant so
+        dcp.load(tensors, checkpoint_id=path, no_dist=ranks is None or ranks.world == 1)

@@ -22,6 +22,7 @@ Where the machine has no FP4 units, FP4 is emulated, and what is measured is the
 says nothing about FP4 hardware. On a CPU without bf16 units fp32 takes the place of bf16, and a row that has
 bf16 in its name elsewhere has fp32 there. The line about the machine tells which it is.
 """
+import contextlib
 import gc
 import itertools
 import json
@@ -40,7 +41,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 import nvfp4  # noqa: E402
 import train  # noqa: E402
-from model import ModelConfig, build, flops_per_token, hypersphere_step  # noqa: E402
+from model import ModelConfig, build, flops_per_token  # noqa: E402
 from nvfp4 import (FORMATS, RECIPES, SIGNS, FP4Linear, choices, convert, matmul, quantize,  # noqa: E402
                    quantize_both, set_step)
 
@@ -55,29 +56,23 @@ class Sizes:
     """What is measured on a kind of device: matrices larger than its caches, GEMMs that fill its units."""
     dtype: torch.dtype                              # of what is quantized, and of activations of a Linear
     matrix: int                                     # n: n x n values are copied and quantized
-    stream: tuple[int, int]                         # tokens and channels of nGPT's step
     product: int                                    # n: the matmuls are n x n x n
     linear: tuple[int, int]                         # tokens and channels, in and out, of a Linear
     config: str                                     # training steps of configs/{gpt,ngpt}_<config>.py ...
     hybrid: str                                     # ... of the Mamba-2 + MoE hybrid of that config ...
     flags: tuple[str, ...]                          # ... and with these flags
-    kept: tuple[int, int, int]                      # tokens, channels in and out of the Linear that keeps
     widths: tuple[int, ...]                         # layer: channels; on a GPU the paper's
     length: int                                     # layer: tokens
 
 
 SIZES = {
-    "cpu": Sizes(
-        dtype=torch.float32, matrix=4096, stream=(4096, 1024), product=2048, linear=(2048, 2048),
-        config="tiny", hybrid="ngpt_hybrid_tiny", flags=(), kept=(1024, 512, 256), widths=(128, 256, 512),
-        length=256),
-    "cuda": Sizes(
-        dtype=torch.bfloat16, matrix=8192, stream=(16384, 4096), product=8192, linear=(16384, 4096),
-        config="124m", hybrid="ngpt_hybrid_600m", flags=("--gradient_accumulation_steps=1",),
-        kept=(1024, 512, 256), widths=(1536, 3072, 6144, 12288, 24576, 49152), length=8192),
+    "cpu": Sizes(torch.float32, matrix=4096, product=2048, linear=(2048, 2048),
+                 config="tiny", hybrid="ngpt_hybrid_tiny", flags=(), widths=(128, 256, 512), length=256),
+    "cuda": Sizes(torch.bfloat16, matrix=8192, product=8192, linear=(16384, 4096),
+                  config="124m", hybrid="ngpt_hybrid_600m", flags=("--gradient_accumulation_steps=1",),
+                  widths=(1536, 3072, 6144, 12288, 24576, 49152), length=8192),
 }
-
-
+KEPT = 1024, 512, 256                               # tokens, channels in and out of the Linear that keeps
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -91,18 +86,15 @@ def time_in_turn(functions, device, repeat):
     """Milliseconds of each function, a list of repeat timings each. Warmed up, then timed in turn, so that
     they share the machine's moods."""
     finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for _ in range(WARM_UP):
-        for function in functions:
-            function()
     times = [[] for _ in functions]
-    for _ in range(repeat):
+    for _ in range(WARM_UP + repeat):
         for function, ms in zip(functions, times, strict=True):
             finish()
             start = time.perf_counter()
             function()
             finish()
             ms.append(1e3 * (time.perf_counter() - start))
-    return times
+    return [ms[WARM_UP:] for ms in times]
 
 
 def median_ms(functions, device, repeat):
@@ -180,23 +172,6 @@ def memory_rows(device, sizes):
     compare([clone, *quantizing], percent_of=copy)
     compare(quantizing, ratio_to=clone)
     return rows
-
-
-def hypersphere_rows(device, sizes, copy):
-    """nGPT's step, which torch.compile is to fuse into one pass forward and one backward."""
-    tokens, width = sizes.stream
-    h, dy = torch.randn(2, tokens, width, device=device)
-    f = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
-    a = torch.full((width,), 0.05, device=device)
-    inputs = [t.requires_grad_() for t in (h, f, a)]
-    step = torch.compile(hypersphere_step) if nvfp4.can_compile(device.type) else hypersphere_step
-    ms, = median_ms([lambda: torch.autograd.grad(step(*inputs), inputs, dy)], device, REPEAT)
-    # forward: h and f in, y out; backward: h, f and dy in, dh and df out; f in bf16, all else in fp32
-    width_bytes = (4 + 2 + 4) + (4 + 2 + 4 + 4 + 2)
-    row = make_row(f"{tokens} x {width} float32: nGPT's step, forward + backward", ms,
-                   tokens * width * width_bytes, "GB/s")
-    compare([row], percent_of=copy)
-    return [row]
 
 
 # ---------------------------------------------------------------- what the arithmetic allows
@@ -324,8 +299,8 @@ def kept_bytes(layer, tokens):
     return sum(n for pointer, n in storages.items() if pointer not in left_out) / x.numel()
 
 
-def kept_rows(device, sizes):
-    (tokens, K, N), rows = sizes.kept, []
+def kept_rows(device):
+    (tokens, K, N), rows = KEPT, []
     for recipe in ("bf16", "nvfp4", "ngpt"):
         kept = kept_bytes(make_linear(recipe, K, N, device), tokens)
         rows.append({"what": f"kept by a Linear for its backward: {recipe}", "rate": kept,
@@ -336,14 +311,12 @@ def kept_rows(device, sizes):
 
 def benchmark(device, sizes):
     """All rows, each group as soon as it is measured."""
-    memory = memory_rows(device, sizes)
-    yield from memory
-    yield from hypersphere_rows(device, sizes, copy=memory[0])
+    yield from memory_rows(device, sizes)
     products = matmul_rows(device, sizes)
     yield from products
     yield from linear_rows(device, sizes, product=products[0])
     yield from training_rows(device, sizes, product=products[0])
-    yield from kept_rows(device, sizes)
+    yield from kept_rows(device)
 
 
 # ---------------------------------------------------------------- one transformer layer, by width
@@ -376,35 +349,18 @@ def layer_step(arch, recipe, width, length, device, dtype):
     return run
 
 
-def time_layer(arch, recipe, width, length, device, dtype):
-    """Milliseconds in high precision and in FP4, REPETITIONS each, timed in turn; None where it does not fit
-    into memory."""
-    try:
-        runs = [layer_step(arch, name, width, length, device, dtype) for name in ("bf16", recipe)]
-        times = time_in_turn(runs, device, REPETITIONS)
-    except torch.OutOfMemoryError:
-        return None
-    return [[ms / ITERATIONS for ms in repetitions] for repetitions in times]
-
-
-def mean_and_spread(values):
-    """[mean, sample standard deviation]"""
-    return [statistics.mean(values), statistics.stdev(values)]
-
-
 def layer_rows(device, dtype, sizes):
-    """{arch, width, recipe, high_ms, fp4_ms, speedup}, the last three as [mean, spread over repetitions], or
-    None where the layer does not fit into memory; high: in dtype."""
+    """{arch, width, recipe, high_ms, fp4_ms, speedup}, the last three as [mean, sample standard deviation],
+    or None where the layer does not fit into memory; high: in dtype."""
     for width, (arch, recipe) in itertools.product(sizes.widths, train.OWN_RECIPE.items()):
         gc.collect()                                # compiled models are cycles, which hold their weights
-        times = time_layer(arch, recipe, width, sizes.length, device, dtype)
-        found = dict.fromkeys(("high_ms", "fp4_ms", "speedup"))
-        if times:
-            high, fp4 = times
-            speedup = [a / b for a, b in zip(high, fp4, strict=True)]
-            found = {"high_ms": mean_and_spread(high), "fp4_ms": mean_and_spread(fp4),
-                     "speedup": mean_and_spread(speedup)}
-        yield {"arch": arch, "width": width, "recipe": recipe, **found}
+        row, times = dict.fromkeys(("high_ms", "fp4_ms", "speedup")), None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            runs = [layer_step(arch, name, width, sizes.length, device, dtype) for name in ("bf16", recipe)]
+            times = np.array(time_in_turn(runs, device, REPETITIONS)) / ITERATIONS
+            for name, found in zip(row, (*times, times[0] / times[1]), strict=True):
+                row[name] = [float(found.mean()), float(found.std(ddof=1))]
+        yield {"arch": arch, "width": width, "recipe": recipe, **row}
 
 
 def print_layer_row(row):
@@ -416,20 +372,6 @@ def print_layer_row(row):
 
 # ---------------------------------------------------------------- the command
 
-def introduce(capability, emulated):
-    note = " (of emulation: FP4 hardware is another matter)" if emulated else ""
-    print(f"{capability}\n\ncost on this machine{note}")
-
-
-def introduce_layer(sizes, dtype):
-    high = SHORT[dtype]
-    print(f"one layer, forward + backward, {sizes.length} tokens; speedup: time in {high} / time in FP4; +- "
-          f"standard deviation\nover {REPETITIONS} repetitions of {ITERATIONS} steps; -: does not fit into "
-          f"memory\n")
-    print(f"  {'width':>6s}  {'model':5s}  {'recipe':6s}  {high + ', ms':>16s}  {'FP4, ms':>16s}  "
-          f"{'speedup':>12s}")
-
-
 def main(argv):
     if "-h" in argv or "--help" in argv:
         print(__doc__.strip())
@@ -438,22 +380,26 @@ def main(argv):
         if word not in ("layer", "--json"):
             sys.exit(f"tests/bench.py: {word}: no such argument; it takes layer, --json, -h or nothing")
     _, device, dtype = train.meet(train.make_config({}))
-    sizes, capability = SIZES[device.type], nvfp4.capability(device)
+    sizes, layer, capability = SIZES[device.type], "layer" in argv, nvfp4.capability(device)
     emulated = nvfp4.decoded_dtype(device, "nvfp4", torch.bfloat16) is not None
-    result = {"capability": capability, "emulated": emulated}
-    if "layer" in argv:
-        rows, print_one = layer_rows(device, dtype, sizes), print_layer_row
-        result |= {"tokens": sizes.length, "dtype": name_of(dtype)}
-    else:
-        rows, print_one = benchmark(device, sizes), print_row
+    rows = layer_rows(device, dtype, sizes) if layer else benchmark(device, sizes)
     if "--json" in argv:
+        result = {"capability": capability, "emulated": emulated}
+        if layer:
+            result |= {"tokens": sizes.length, "dtype": name_of(dtype)}
         print(json.dumps(result | {"rows": list(rows)}))
         return
-    introduce(capability, emulated)
-    if "layer" in argv:
-        introduce_layer(sizes, dtype)
+    note = " (of emulation: FP4 hardware is another matter)" if emulated else ""
+    print(f"{capability}\n\ncost on this machine{note}")
+    if layer:
+        high = SHORT[dtype]
+        print(f"one layer, forward + backward, {sizes.length} tokens; speedup: time in {high} / time in FP4; "
+              f"+- standard deviation\nover {REPETITIONS} repetitions of {ITERATIONS} steps; -: does not fit "
+              "into memory\n")
+        print(f"  {'width':>6s}  {'model':5s}  {'recipe':6s}  {high + ', ms':>16s}  {'FP4, ms':>16s}  "
+              f"{'speedup':>12s}")
     for row in rows:
-        print_one(row)
+        (print_layer_row if layer else print_row)(row)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 long run where they are asked for: python -m pytest -m long.
 """
 import contextlib
+import functools
 import os
-import random
 import signal
 import sys
 from pathlib import Path
@@ -12,10 +12,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.tokens import prepare  # noqa: E402
-
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+import nvfp4  # noqa: E402
+import runs  # noqa: E402
 
 # In the background of a shell, or under nohup, these are ignored; the processes of tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,29 +32,31 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
-    """A prepared folder: random letters in plain bytes, of which no model can learn more than ln 27 = 3.3."""
-    folder = tmp_path_factory.mktemp("data")
-    text = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=20000))
-    prepare([text[2000:]], [text[:2000]], folder, "a test", tokenizer="bytes")
-    return folder
+    """A prepared folder, see runs.py."""
+    return runs.prepare_letters(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def tiny(dataset):
     """(out_dir, field=value, ...) -> the command line of a tiny run of train.py."""
-    def flags(out_dir, **changes):
-        settings = {"out_dir": out_dir, "dataset": dataset, "n_layer": 1, "n_embd": 32, "n_head": 2,
-                    "block_size": 32, "batch_size": 4, "max_steps": 10, "learning_rate": 1e-2,
-                    "eval_interval": 4, "eval_iters": 2, "sample_tokens": 0, "device": "cpu",
-                    "compile": False, **changes}
-        return [f"--{name}={value}" for name, value in settings.items()]
-    return flags
+    return functools.partial(runs.flags_of, dataset)
+
+
+@pytest.fixture(scope="session")
+def whole(tiny, tmp_path_factory):
+    """A kind of runs.RUNS -> the folder of such a run that nobody stopped."""
+    @functools.cache
+    def folder(kind):
+        import train                                # not every test has to do with it
+        out = tmp_path_factory.mktemp("whole") / "run"
+        train.main(tiny(out, **runs.RUNS[kind]))
+        return out
+    return folder
 
 
 @contextlib.contextmanager
 def without_compiler():
     """Definitions as they stand, without torch.compile. One thread: more are slower on tiny tensors."""
-    import nvfp4                                    # once it is known who runs the kernels
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:

@@ -113,10 +113,8 @@ def unpack(packed):
 class Quantized(NamedTuple):
     codes: np.ndarray  # (M, K/2) uint8
     scales: np.ndarray  # (M/block[0], K/16) uint8, e4m3fn bytes
-    amax: np.float32  # NaN if any input was not finite and no amax was given
     s_dec: np.float32
     block: tuple
-    saturated: int  # finite blocks whose scale was above 448 before the cap
 
 
 def expand(per_block, block):
@@ -169,7 +167,7 @@ def quantize(x, block=(1, 16), stochastic=False, key=0, amax=None, target=6.0, t
     a = np.where(np.isnan(a), 0, a).astype(np.float64)  # codes of NaN blocks are unspecified
     code = round_stochastic(a, random_bytes(rows, cols, key)) if stochastic else nearest(a, E2M1)
     code = (code + 8 * np.signbit(x)).astype(np.uint8)
-    return Quantized(pack(code), scales, amax, s_dec, block, int(((wanted > 448) & finite).sum()))
+    return Quantized(pack(code), scales, s_dec, block)
 
 
 def dequantize(q, tensor_scale=True):
@@ -220,6 +218,17 @@ def dge_value(a, k=5.0):
     left, width = grid_interval(np.asarray(a, np.float64))
     u = 2 * (a - left) / width - 1
     return left + width / 2 * (1 + np.sign(u) * np.abs(u) ** (1 / k))
+
+
+def mxfp4(x, floor=False):
+    """Values of MXFP4 in float64: for 32 of a row the smallest power of two that brings them to 6 or below;
+    by OCP (floor) one that brings the largest into [4, 8), from where it saturates. From 2^-127 to 2^127."""
+    blocks = np.asarray(x, np.float64).reshape(len(x), -1, 32)
+    amax = np.abs(blocks).max(axis=2, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exponent = np.floor(np.log2(amax)) - 2 if floor else np.ceil(np.log2(amax / 6))
+        scale = np.where(np.isfinite(amax), 2.0 ** np.clip(exponent, -127, 127), np.nan)
+        return (np.copysign(E2M1[nearest(np.abs(blocks / scale), E2M1)], blocks) * scale).reshape(x.shape)
 
 
 def occ_clamp(x, quantile):
@@ -318,7 +327,3 @@ def hadamard(x, signs=SIGNS, bf16=False):
     y = (y * F32(n**-0.5)).reshape(x.shape)
     return to_bf16(y) if bf16 else y
 
-
-def gemm(a, b, alpha=1.0):
-    """alpha * a (M, K) @ b (N, K)^T in float64, from values without their tensor scales."""
-    return float(alpha) * (np.asarray(a, np.float64) @ np.asarray(b, np.float64).T)

@@ -96,7 +96,9 @@ class Compiled:
 # Four graphs: what lies between attention's two linear layers, what lies between an MLP's, hypersphere_step,
 # which both share, and the loss. The other frames are those in front of a linear layer, with nothing in them.
 @pytest.mark.usefixtures("unfused")
-@pytest.mark.parametrize("pattern, frames, graphs", (("*-", 8, 4), ("*-*-", 8, 4), ("ME", 13, 8)))
+@pytest.mark.parametrize("pattern, frames, graphs", (
+    ("*-*-", 8, 4), pytest.param("*-", 8, 4, marks=pytest.mark.long),
+    pytest.param("ME", 13, 8, marks=pytest.mark.long)))
 def test_the_compiler_sees_what_lies_between_layers_and_nothing_of_them(pattern, frames, graphs):
     """A training step costs so many frames and graphs, once, however many blocks are alike. Nothing of
     nvfp4.py is in them, so they hold no random bits and no old weights: other steps and micro-batches, other
@@ -148,15 +150,8 @@ def test_a_layer_between_compiled_parts_fuses_its_own_functions(monkeypatch):
 
 # ---------------------------------------------------------------- a run; a machine without a compiler
 
-def make_dataset(folder):
-    """A prepared folder of text: this repository's own code."""
-    python("data/text/prepare.py", REPO, "--glob", "*.py", "--val_every", 3, "--tokenizer", "bytes",
-           "--out", folder)
-    return folder
-
-
 @pytest.mark.long                                   # a minute of compiling
-def test_compiled_run_resumes_bit_for_bit_in_a_new_process(tmp_path):
+def test_compiled_run_resumes_bit_for_bit_in_a_new_process(dataset, tmp_path):
     """4 steps equal 2 + a new process + 2.
 
     error   0. Beside the uncompiled run losses agree to bf16's rounding, 2^-8 relative: fusion only saves
@@ -164,11 +159,11 @@ def test_compiled_run_resumes_bit_for_bit_in_a_new_process(tmp_path):
     """
     if not nvfp4.can_compile("cpu"):
         pytest.skip("no C++ compiler")
-    data = make_dataset(tmp_path / "data")
 
     def run(folder, *extra):
-        said = python("train.py", *TINY, f"--dataset={data}", f"--out_dir={folder}", *extra).stdout
-        assert ("compiling" in said) == ("--compile=False" not in extra)
+        process = python("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={folder}", *extra)
+        assert ("compiling" in process.stdout) == ("--compile=False" not in extra)
+        assert "does not work here" not in process.stderr
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return [{key: value for key, value in row.items() if key != "ms"} for row in rows]
 
@@ -182,21 +177,20 @@ def test_compiled_run_resumes_bit_for_bit_in_a_new_process(tmp_path):
     assert run(tmp_path / "other", "--compile=False", "--fp4_stochastic=") != plain         # control
 
 
-WITHOUT = """
+NUMBERS = """
 import torch, nvfp4
 torch.manual_seed(0)
 x = torch.randn(64, 64)
 q = nvfp4.quantize(x, stochastic=True, seed=3)
 print(q.codes.long().sum().item(), nvfp4.quantize(x.t(), decode=torch.bfloat16).values.double().sum().item())
-print(nvfp4.capability("cpu"))
 """
 
 
-def test_without_a_compiler_it_works_and_says_so(tmp_path):
-    """The same numbers with a compiler and without; without one, a line on stderr says what that costs."""
+@pytest.mark.long                                   # test_nvfp4.py plays such a machine
+def test_without_a_compiler_it_works_and_says_so(tmp_path, capsys, unfused):
+    """The numbers of the definition; and a line on stderr says what the lack of a compiler costs."""
     bare = {"CXX": "no-such-compiler", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    without = python("-c", WITHOUT, **bare)
-    assert without.stderr.count("torch.compile does not work here") == 1 and "not fused" in without.stdout
-    usual = python("-c", WITHOUT)
-    assert usual.stdout.splitlines()[0] == without.stdout.splitlines()[0]
-    assert ("not fused" in usual.stdout) != nvfp4.can_compile("cpu")            # control
+    other = python("-c", NUMBERS + "print(nvfp4.capability('cpu'))", **bare)
+    exec(NUMBERS, {})
+    assert other.stdout.splitlines()[0] == capsys.readouterr().out.strip()
+    assert other.stderr.count("torch.compile does not work here") == 1 and "not fused" in other.stdout

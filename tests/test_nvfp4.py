@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import prune
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
@@ -33,6 +34,8 @@ BLOCK = FORMATS["nvfp4"].block
 SEED = 0x1234_5678_9ABC_DEF0                        # both 32-bit words in use
 KINDS = ("gaussian", "cauchy", "outlier", "tiny", "subnormal", "outlier, tiny", "zero blocks", "zero", "ties")
 THREADS, CAN_COMPILE = torch.get_num_threads(), nvfp4.can_compile
+DTYPES = FP32, BF16, FP16
+GRIDS = {"nvfp4": oracle.E2M1, "ufp4": np.arange(8.0)}      # what codes 0..7 stand for
 
 
 pytestmark = pytest.mark.usefixtures("unfused")
@@ -40,6 +43,11 @@ pytestmark = pytest.mark.usefixtures("unfused")
 
 def gaussian(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def some(chosen, cases):
+    """All cases; those that are not chosen are long."""
+    return [case if case in chosen else pytest.param(*case, marks=pytest.mark.long) for case in cases]
 
 
 def sample(kind, shape, dtype=FP32, seed=0):
@@ -97,47 +105,52 @@ def broken(q):
 
 # ---------------------------------------------------------------- E2M1
 
-def test_all_sixteen_codes():
+@pytest.mark.parametrize("name, other", (("nvfp4", "ufp4"), ("ufp4", "nvfp4")))
+def test_all_sixteen_codes(name, other):
     """Each code encodes and decodes; code * scale is exact in bf16, for sixteen codes times 127 scales."""
-    value, code = e2m1(torch.tensor(E2M1_VALUES))
-    assert value.tolist() == list(E2M1_VALUES) == oracle.E2M1.tolist() and code.tolist() == list(range(8))
+    grid, (rounds, value_of) = GRIDS[name], FORMATS[name].grid
+    value, code = rounds(torch.tensor(grid, dtype=FP32))
+    assert value.tolist() == value_of(code).tolist() == grid.tolist() and code.tolist() == list(range(8))
     codes = torch.tensor([[c | c + 1 << 4 for c in range(0, 16, 2)]] * 127, dtype=torch.uint8)
     scales = torch.arange(127, dtype=torch.uint8)[:, None].view(torch.float8_e4m3fn)
-    _, s_dec = nvfp4.tensor_scales(torch.tensor(2688.0))                        # amax = 448 * 6
-    q = Quantized(codes, scales, s_dec)
-    exact = np.concatenate([oracle.E2M1, -oracle.E2M1])[None, :] * oracle.E4M3[:, None]
+    q = Quantized(codes, scales, torch.tensor(1.0), name)
+    exact = np.concatenate([grid, -grid])[None, :] * oracle.E4M3[:, None]
     assert q.decode().dtype == BF16 and np.array_equal(q.decode().double().numpy(), exact)
-    assert float(q.s_dec) == 1 and np.array_equal(q.dequantize().double().numpy(), exact)
-    assert not np.array_equal(broken(q)[0].decode().double().numpy(), exact)
+    assert np.array_equal(q.dequantize().double().numpy(), exact)
+    for wrong in (broken(q)[0], q._replace(format=other)):
+        assert not np.array_equal(wrong.decode().double().numpy(), exact)
 
 
-def test_every_bf16_value_in_8_rounds_to_nearest_even():
-    positive = torch.arange(0x4100 + 1, dtype=torch.int16).view(BF16).float()
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_bf16_value_in_8_rounds_to_nearest_even(name):
+    """And what is beyond the grid saturates."""
+    positive, grid = torch.arange(0x4100 + 1, dtype=torch.int16).view(BF16).float(), GRIDS[name]
     assert positive[-1] == 8
-    want = oracle.nearest(positive.numpy(), oracle.E2M1)
-    value, code = e2m1(positive)
-    assert np.array_equal(code.numpy(), want) and np.array_equal(value.numpy(), oracle.E2M1[want])
-    assert e2m1(torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]))[1].tolist() == [0, 2, 2, 4, 4, 6, 6]
-    # through quantize: with amax = 6 and a 6 in every block, scale * s_dec is 1 and all beyond 6 saturates
+    want, rounds = oracle.nearest(positive.numpy(), grid), FORMATS[name].grid.round
+    value, code = rounds(positive)
+    assert np.array_equal(code.numpy(), want) and np.array_equal(value.numpy(), grid[want])
+    assert rounds(torch.tensor(grid[1:] + grid[:-1]) / 2)[1].tolist() == [0, 2, 2, 4, 4, 6, 6]
+    # through quantize: with the grid's end as amax, and in every block, scale * s_dec is 1
     x = torch.cat([-positive, positive])
-    x = F.pad(F.pad(x, (0, -len(x) % 15)).view(-1, 15), (0, 1), value=6.0)
-    want = oracle.nearest(x.abs().numpy(), oracle.E2M1) + 8 * np.signbit(x.numpy())
+    x = F.pad(F.pad(x, (0, -len(x) % 15)).view(-1, 15), (0, 1), value=grid[-1])
+    want = oracle.nearest(x.abs().numpy(), grid) + 8 * np.signbit(x.numpy())
     for y, right in ((x, True), (x.bfloat16(), True), (x * (1 + 2**-20), False)):      # no ties
-        assert np.array_equal(oracle.unpack(quantize(y, amax=6.0).codes.numpy()), want) is right
+        codes = quantize(y, name, amax=grid[-1]).codes
+        assert np.array_equal(oracle.unpack(codes.numpy()), want) is right
 
 
-@pytest.mark.parametrize("interval", range(7))
-def test_round_up_count_over_all_bytes(interval):
+@pytest.mark.parametrize("name, rounds", (
+    ("nvfp4", e2m1), ("ufp4", papers.e1m2), ("ufp4", papers.hif4_round)), ids=("e2m1", "e1m2", "hif4"))
+def test_round_up_count_over_all_bytes(name, rounds):
     """A fraction f of the way through its interval, a number goes up for floor(256 f) of the 256 bytes."""
-    low, high = E2M1_VALUES[interval], E2M1_VALUES[interval + 1]
-    for offset in (0.0, 0.5, 0.999):
-        a = (low + (torch.arange(256) + offset) / 256 * (high - low))[:, None]
-        value, code = e2m1(a, torch.arange(256)[None, :])
-        assert torch.equal((code == interval + 1).sum(1), torch.arange(256))
-        assert torch.equal((code == interval).sum(1), 256 - torch.arange(256))
-        assert torch.equal(value, torch.tensor(E2M1_VALUES)[code.long()])
-        seven_bits = e2m1(a, torch.arange(0, 256, 2)[None, :])[1]
-        assert not torch.equal(2 * (seven_bits == interval + 1).sum(1), torch.arange(256))
+    grid, n = torch.tensor(GRIDS[name], dtype=FP32), torch.arange(256)
+    for low, offset in product(range(7), (0.0, 0.5, 0.999)):
+        a = (grid[low] + (n + offset) / 256 * (grid[low + 1] - grid[low]))[:, None]
+        value, code = rounds(a, n[None, :])
+        assert torch.equal((code == low + 1).sum(1), n) and torch.equal((code == low).sum(1), 256 - n)
+        assert torch.equal(value, grid[code.long()])
+        seven_bits = rounds(a, n[None, ::2])[1]
+        assert not torch.equal(2 * (seven_bits == low + 1).sum(1), n)
 
 
 # ---------------------------------------------------------------- quantize against the oracle
@@ -152,48 +165,56 @@ def agrees(q, o):
             and np.array_equal(q.dequantize().numpy(), oracle.dequantize(o), equal_nan=True))
 
 
-@pytest.mark.parametrize("dtype", (FP32, BF16, FP16))
+ORACLES = {"nvfp4": oracle.quantize, "nvfp4_46": oracle.four_over_six}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_oracle_agrees_bit_for_bit(kind, dtype):
-    shapes = [((1, 16), s) for s in ((1, 16), (1, 80), (48, 16), (33, 64))]
-    shapes += [((16, 16), s) for s in ((16, 16), (16, 80), (48, 64))]
+@pytest.mark.parametrize("name", ORACLES)
+def test_oracle_agrees_bit_for_bit(name, kind):
+    """Each combination of options and shapes, with the three dtypes in turn."""
+    shapes = (1, 80), (33, 64), (48, 64)
     options = product(shapes, (False, True), (False, True), (None, 1.0, 1e-3, 3e4))
-    for n, ((block, shape), stochastic, unbiased, amax) in enumerate(options):
-        x = sample(kind, shape, dtype, seed=n)
-        target = 6 * 16 / 17 if unbiased else 6
-        o = oracle.quantize(x.float().numpy(), block, stochastic, SEED + n, amax, target)
-        q = quantize(x, square=block == (16, 16), stochastic=stochastic, seed=SEED + n, amax=amax,
-                     unbiased=unbiased)
-        assert agrees(q, o), (block, shape, stochastic, unbiased, amax)
+    for n, (shape, stochastic, unbiased, amax) in enumerate(options):
+        x, square = sample(kind, shape, DTYPES[n % 3], seed=n), shape == (48, 64)
+        o = ORACLES[name](x.float().numpy(), (16 if square else 1, 16), stochastic, SEED + n, amax,
+                          6 * 16 / 17 if unbiased else 6)
+        q = quantize(x, name, square, stochastic, SEED + n, amax, unbiased)
+        assert agrees(q, o), (shape, stochastic, unbiased, amax)
 
 
 def test_oracle_disagrees_with_anything_else():
     x = gaussian(32, 64)
-    o = oracle.quantize(x.numpy(), stochastic=True, key=SEED)
     given = {"x": x, "stochastic": True, "seed": SEED}
+    o = oracle.quantize(x.numpy(), stochastic=True, key=SEED)
     assert agrees(quantize(**given), o) and not any(agrees(q, o) for q in broken(quantize(**given)))
     for change in ({"seed": SEED + 1}, {"seed": SEED & nvfp4.MASK32}, {"unbiased": True}, {"amax": 1.0},
-                   {"stochastic": False}, {"square": True}, {"x": x.bfloat16()}):
+                   {"stochastic": False}, {"square": True}, {"x": x.bfloat16()}, {"format": "nvfp4_46"}):
         assert not agrees(quantize(**(given | change)), o), change
+    q = quantize(x, "nvfp4_46")                     # nor by the sum of absolute errors, nor without a choice
+    assert agrees(q, oracle.four_over_six(x.numpy()))
+    assert not agrees(q, oracle.four_over_six(x.numpy(), power=1))
+    assert not agrees(q, oracle.quantize(x.numpy(), top=256.0))
 
 
-@pytest.mark.parametrize("stochastic", (False, True))
 @pytest.mark.parametrize("square", (False, True))
-@pytest.mark.parametrize("bad", (float("nan"), float("inf"), float("-inf")))
-def test_not_finite_becomes_nan(bad, square, stochastic):
+@pytest.mark.parametrize("stochastic", (False, True))
+@pytest.mark.parametrize("name", ORACLES)
+def test_not_finite_becomes_nan(name, stochastic, square):
     """The whole tensor where its maximum is measured; the block alone where the tensor scale is fixed."""
-    x, block = gaussian(32, 64), (16 if square else 1, 16)
-    clean = quantize(x, square=square, stochastic=stochastic, amax=1.0)
-    x[17, 20] = bad
-    q = quantize(x, square=square, stochastic=stochastic)
-    assert agrees(q, oracle.quantize(x.numpy(), block, stochastic)) and q.dequantize().isnan().all()
-    q = quantize(x, square=square, stochastic=stochastic, amax=1.0)
-    nan = torch.zeros(32, 64, dtype=torch.bool)
+    how, block = {"format": name, "square": square, "stochastic": stochastic}, (16 if square else 1, 16)
+    clean, nan = quantize(gaussian(32, 64), amax=1.0, **how), torch.zeros(32, 64, dtype=torch.bool)
     nan[16 if square else 17:32 if square else 18, 16:32] = True
-    assert agrees(q, oracle.quantize(x.numpy(), block, stochastic, amax=1.0))
-    assert torch.equal(q.dequantize().isnan(), nan) and not clean.dequantize().isnan().any()
-    assert torch.equal(q.dequantize()[~nan], clean.dequantize()[~nan])
-    assert torch.equal(matmul(q, clean).isnan(), nan.any(1, keepdim=True).expand(32, 32))
+    assert not clean.dequantize().isnan().any()
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = gaussian(32, 64)
+        x[17, 20] = bad
+        q = quantize(x, **how)
+        assert agrees(q, ORACLES[name](x.numpy(), block, stochastic)) and q.dequantize().isnan().all()
+        q = quantize(x, amax=1.0, **how)
+        assert agrees(q, ORACLES[name](x.numpy(), block, stochastic, amax=1.0))
+        assert torch.equal(q.dequantize().isnan(), nan)
+        assert torch.equal(q.dequantize()[~nan], clean.dequantize()[~nan])
+        assert torch.equal(matmul(q, clean).isnan(), nan.any(1, keepdim=True).expand(32, 32))
 
 
 @pytest.mark.parametrize("amax", (None, 1.0))
@@ -205,26 +226,22 @@ def test_minus_zero_is_worth_zero(amax):
     assert torch.equal(q.dequantize(), torch.zeros(16, 32)) and (float(q.s_dec) == 1) is (amax is None)
 
 
-MSE = {(False, False, False): 9.04e-3, (False, False, True): 12.39e-3,          # stochastic, unbiased, square
-       (True, False, False): 18.84e-3, (True, True, False): 23.50e-3}
+STOCHASTIC = {"stochastic": True, "seed": SEED}
+MSE = (                                             # 2601.22813 table 1, or papers.py where it has none
+    ("nvfp4", {}, 9.04e-3), ("nvfp4", {"square": True}, 12.39e-3), ("nvfp4", STOCHASTIC, 18.84e-3),
+    ("nvfp4", STOCHASTIC | {"unbiased": True}, 23.50e-3), ("nvfp4_46", {}, 7.56e-3),
+    ("nvfp4_46", {"square": True}, 12.37e-3), ("nvfp4_46", STOCHASTIC, 17.47e-3),
+    ("ms_eden", STOCHASTIC, 9.4e-3), ("mxfp4", {}, 13.30e-3), ("mxfp4_floor", {}, 13.21e-3),
+    ("ufp4", {}, 7.45e-3), ("hif4", {}, 6.87e-3))
 
 
-@cache
-def gaussian_values(stochastic, unbiased, square):
-    """x (2048, 4096), what it becomes, and the largest |x| / (scale * s_dec)."""
-    x = gaussian(2048, 4096)
-    q = quantize(x, square=square, stochastic=stochastic, seed=SEED, unbiased=unbiased)
-    scale = (q.scales.float() * q.s_dec).repeat_interleave(BLOCK if square else 1, 0)
-    return x, q.dequantize(), float((x.unflatten(1, (-1, BLOCK)).abs().amax(2) / scale).max())
-
-
-@pytest.mark.parametrize("case", MSE)
-def test_gaussian_mse(case):
-    """Within 3 % of its number in 2601.22813 table 1, of no other's; values 2 % too large are noticed."""
-    x, values, _ = gaussian_values(*case)
-    right, wrong = (float((factor * values - x).square().mean()) for factor in (1.0, 1.02))
-    assert [other for other, expected in MSE.items() if abs(right / expected - 1) < 0.03] == [case]
-    assert abs(wrong / MSE[case] - 1) > 0.03
+@pytest.mark.parametrize("name, options, mse", MSE, ids=str)
+def test_gaussian_mse(name, options, mse):
+    """Within 3 % of its number; values 3 % too large are noticed."""
+    x = gaussian(512, 2048)
+    values = quantize(x, name, **options).dequantize()
+    right, wrong = (float((factor * values - x).square().mean()) for factor in (1.0, 1.03))
+    assert abs(right / mse - 1) < 0.03 < abs(wrong / mse - 1)
 
 
 # ---------------------------------------------------------------- randomness
@@ -272,31 +289,16 @@ def test_streams_are_independent():
     assert min(sigmas(one, one), sigmas(one, one // 64), sigmas(one, 255 - one)) > 4
 
 
-def test_stochastic_rounding_is_unbiased():
-    """Where nothing saturates, E[q] is x less at most 1/256 step (8 bits of noise), to 4 standard errors."""
-    n, magnitude = 4096, gaussian(64).abs()
-    q = quantize(magnitude.expand(n, 64), stochastic=True, seed=SEED, unbiased=True)
-    scale = (q.scales.float() * q.s_dec)[0].repeat_interleave(BLOCK)
-    a = magnitude / scale
-    step = torch.where(a < 2, 0.5, torch.where(a < 4, 1.0, 2.0)) * scale
-    error = q.dequantize().mean(0) - magnitude
-
-    def fits(error):                                # a coin's standard error is at most step / 2 / sqrt(n)
-        return bool(((error > -step / 256 - 2 * step / n**0.5) & (error < 2 * step / n**0.5)).all())
-    assert fits(error) and not fits(error - step / 16) and not fits(error + step / 16)
-    assert not fits(quantize(magnitude[None], unbiased=True).dequantize()[0] - magnitude)
-
-
-def test_unbiased_target_removes_saturation():
-    """2601.22813: the standard target saturates, a slope of 0.9967; with 6 * 16/17 nothing does."""
-    x, standard, standard_max = gaussian_values(True, False, False)
-    _, unbiased, unbiased_max = gaussian_values(True, True, False)
-    assert unbiased_max <= 6 * (1 + 2**-21) and 6.3 < standard_max <= 6 * 17 / 16 * (1 + 2**-21)
-    slope, lower = (float((values * x).sum() / x.square().sum()) for values in (unbiased, standard))
-    sigma = (MSE[True, True, False] / x.numel()) ** 0.5                       # of a slope
-    assert abs((slope - lower) - (1 - 0.9967)) < 4 * 2**0.5 * sigma + 5e-5    # 5e-5: the digits of 0.9967
-    # floor(256 f) drops 1/512 step on average, and beyond 2, where the squares are, a step is at most x / 2
-    assert 1 - 1 / 512 < slope < 1 + 4 * sigma and lower < 1 - 1 / 512 - 4 * sigma
+@pytest.mark.parametrize("name, unbiased, low, high", (
+    ("nvfp4", False, 6 * 16 / 17, 6 * 17 / 16), ("nvfp4", True, 6 * (16 / 17) ** 2, 6), ("mxfp4", True, 3, 6),
+    ("mxfp4", False, 3, 6), ("mxfp4_floor", False, 4, 8)))
+def test_where_a_block_s_largest_magnitude_lands(name, unbiased, low, high):
+    """Beyond 6 it saturates: by NVFP4's usual target and by OCP's scales, not by the unbiased target."""
+    x, form = gaussian(512, 1024).abs() + 1e-3, FORMATS[name]
+    q = quantize(x, name, unbiased=unbiased, stochastic=True)
+    lands = x.unflatten(1, (-1, form.block)).amax(2) / (q.scales.float() * q.s_dec)
+    assert low * (1 - 2**-21) <= lands.min() and lands.max() <= high * (1 + 2**-21)
+    assert lands.min() < low * 1.02 and lands.max() > 0.98 * high
 
 
 # ---------------------------------------------------------------- the Hadamard transform
@@ -313,8 +315,7 @@ ROTATIONS = {f"{kind}, {n}": signs_of(kind, n).tolist()
 
 
 def test_fixed_signs():
-    """TransformerEngine's 16; drawn ones are the oracle's, balanced, and a longer vector begins as a shorter.
-    Of a fresh rotation the key is its GEMM's."""
+    """TransformerEngine's 16; drawn ones are the oracle's and balanced; of fresh ones the key is a GEMM's."""
     assert SIGNS == oracle.SIGNS == tuple(ROTATIONS["fixed, 16"])
     assert signs_of("fixed", 16) is FP4Config().signs_of("wgrad", torch.zeros(6, 2, dtype=torch.int64))
     for n in (32, 128):
@@ -347,23 +348,13 @@ def test_hadamard(dtype, name):
     if n == 16:
         assert torch.equal(turned @ hadamard(b, signs).double().T, exact)
         assert not torch.equal(turned @ hadamard(b, others).double().T, exact)
-    # log2(n) fp32 additions, each off by u = 2^-24 of at most |a|_1 / sqrt(n) <= |a|_2, and a multiplication
-    # by a rounded number leave an error of (log2(n) + 2) u |a|_2 in each of a run's n numbers, sqrt(n) times
-    # that in all; bf16 adds 2^-8 |a|_2. Both factors err; 5 % spare.
-    a, b = sample("cauchy", (24, 4 * n), dtype), sample("gaussian", (40, 4 * n), dtype)
-    a_norm, b_norm = (x.double().unflatten(1, (-1, n)).norm(dim=2) for x in (a, b))
-    error = n**0.5 * (n.bit_length() + 1) * 2**-24 + (2**-8 if dtype == BF16 else 0)
-    bound = 2.1 * error * a_norm @ b_norm.T
-    exact, turned = a.double() @ b.double().T, hadamard(a, signs).double()
-    assert ((turned @ hadamard(b, signs).double().T - exact).abs() <= bound).all()
-    assert not ((turned @ hadamard(b, others).double().T - exact).abs() <= bound).all()
 
 
 # ---------------------------------------------------------------- rows and columns, packed and decoded
 
-@pytest.mark.parametrize("dtype", (FP32, BF16, FP16))
-@pytest.mark.parametrize("M", (48, 43))
-@pytest.mark.parametrize("kind", ("gaussian", "cauchy", "zero blocks"))
+@pytest.mark.parametrize("kind, M, dtype", some(
+    (("gaussian", 48, FP32), ("cauchy", 43, BF16), ("zero blocks", 43, FP16)),
+    product(("gaussian", "cauchy", "zero blocks"), (48, 43), DTYPES)))
 def test_columns_are_the_rows_of_the_transpose(kind, M, dtype):
     """quantize_both gives quantize of x and of a contiguous x^T padded with zeros: that x^T lies transposed
     in memory changes no bit. signs rotate first, and decode decodes what is packed otherwise."""
@@ -423,15 +414,17 @@ def test_matmul_of_codes_is_exact(cpu):
     assert not torch.equal(matmul(a, b._replace(s_dec=b.s_dec * (1 + 2**-20))).double(), exact)
 
 
-@pytest.mark.parametrize("options", ({}, {"square": True}, {"stochastic": True}), ids=str)
-@pytest.mark.parametrize("K", (256, 512, 1024, 2048, 4096))
-def test_fixed_amax_loses_nothing_on_unit_rows(K, options):
+@pytest.mark.parametrize("K", (256, 1024, 4096))
+def test_fixed_amax_loses_nothing_on_unit_rows(K):
     """2605.06067: rows of norm 1 need no search for amax; a constant 1e5 times too large costs decibels."""
     x = F.normalize(gaussian(64, K), dim=1)
 
-    def snr(amax):
-        return float(-20 * ((quantize(x, amax=amax, **options).dequantize() - x).norm() / x.norm()).log10())
-    assert abs(snr(1.0) - snr(None)) < 0.3 < snr(None) - snr(1e5)
+    def snr(amax, **options):
+        values = quantize(x, amax=amax, **options).dequantize()
+        return float(-20 * ((values - x).norm() / x.norm()).log10())
+    for options in ({}, {"square": True}, STOCHASTIC):
+        measured = snr(None, **options)
+        assert abs(snr(1.0, **options) - measured) < 0.3 < measured - snr(1e5, **options), options
 
 
 # ---------------------------------------------------------------- the layer's three GEMMs
@@ -490,6 +483,15 @@ def run(layer, x, dy, autocast=False):
     return y.detach(), x.grad, layer.weight.grad
 
 
+def alike_by_gemm(got, want):
+    """Whether y, dx and dw are the same, bit for bit."""
+    return [same(g, w) for g, w in zip(got, want, strict=True)]
+
+
+def all_same(got, want):
+    return all(alike_by_gemm(got, want))
+
+
 def by_definition(layer, x, dy, autocast=False):
     """y, dx, dw written out: pad tokens and output channels, rotate, quantize rows along the summed axis,
     multiply."""
@@ -544,8 +546,8 @@ def relative_errors(got, x, dy, autocast=False):
     return [float((g.float() - e.float()).norm() / e.float().norm()) for g, e in zip(got, exact, strict=True)]
 
 
-@pytest.mark.parametrize("autocast", (False, True), ids=("fp32", "autocast"))
-@pytest.mark.parametrize("shape", ((2, 32), (37,)), ids=str)
+@pytest.mark.parametrize("shape, autocast", some((((2, 32), False), ((37,), True)),
+                                                 product(((2, 32), (37,)), (False, True))))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layer_is_its_definition(name, shape, autocast):
     """y, dx and dw bit for bit; 37 tokens count as 48 of which 11 are zero."""
@@ -553,7 +555,7 @@ def test_layer_is_its_definition(name, shape, autocast):
     got = run(layer, x, dy, autocast)
     x, dy = x.flatten(0, -2), dy.flatten(0, -2)
     want = by_definition(layer, x, dy, autocast)
-    assert all(same(g.view_as(w), w) for g, w in zip(got, want, strict=True))
+    assert all_same([g.view_as(w) for g, w in zip(got, want, strict=True)], want)
     # products still: two operands bring noise of at most sqrt(2 * 23.5e-3) = 0.22, test_gaussian_mse;
     # clamped inputs, values quantized before and DGE have errors of their own
     cfg = as_paper(layer.cfg)
@@ -573,14 +575,13 @@ def test_quartet2_is_its_definition(autocast):
     two operands, quantized twice, bring noise of at most sqrt(2 * (9.0e-3 + 9.4e-3)) = 0.19."""
     layer = make_layer(RECIPES["quartet2"], N=256, K=128)
     x, dy = gaussian(200, 128), gaussian(200, 256, seed=1)
-    got, want = run(layer, x, dy, autocast), by_definition(layer, x, dy, autocast)
-    assert all(same(g, w) for g, w in zip(got, want, strict=True))
+    got = run(layer, x, dy, autocast)
+    assert all_same(got, by_definition(layer, x, dy, autocast))
     plain = by_definition(make_layer(RECIPES["bf16"], N=256, K=128), x, dy, autocast)
     for g, e, most in zip(got, plain, (0.14, 0.19, 0.19), strict=True):
         assert 0.08 < float((g.float() - e.float()).norm() / e.float().norm()) < most
-    nvfp4.set_step(layer, SEED, 8)
-    for g, other, forward in zip(got, run(layer, x, dy, autocast), (True, False, False), strict=True):
-        assert same(g, other) is forward            # the forward is not random
+    nvfp4.set_step(layer, SEED, 8)                  # the forward is not random
+    assert alike_by_gemm(run(layer, x, dy, autocast), got) == [True, False, False]
 
 
 @pytest.mark.parametrize("change, differs", (
@@ -593,12 +594,13 @@ def test_quartet2_is_its_definition(autocast):
     ({"backward_format": "ms_eden"}, (0, 1, 1)), ({"reuse_codes": True}, (0, 0, 1)),
     ({"reuse_codes": True, "square_weights": False}, (1, 1, 1)),
     ({"dge_k": 5.0}, (0, 0, 1)), ({"occ": 0.95}, (1, 0, 1)),
+    ({"gemms": ("fprop", "wgrad"), "e5m2": ("dgrad",)}, (0, 1, 0)),
     ({"input_amax": 1.0}, (1, 0, 1)), ({"weight_amax": 1.0}, (1, 1, 0)), ({"grad_amax": 4.0}, (0, 1, 1))))
 def test_each_knob_turns_its_own_gemms(change, differs):
     """Negative control of the definition: with one field changed, that field's GEMMs differ and no others."""
     x, dy = batch(64)
     want, got = by_definition(make_layer(FP4Config()), x, dy), run(make_layer(PaperConfig(**change)), x, dy)
-    assert [not same(g, w) for g, w in zip(got, want, strict=True)] == list(map(bool, differs))
+    assert [not equal for equal in alike_by_gemm(got, want)] == list(map(bool, differs))
 
 
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
@@ -620,19 +622,6 @@ def test_fp8_gradients(dtype):
     assert not torch.equal(e5m2(dy * 1.5), e5m2(dy) * 1.5)                      # control
 
 
-@pytest.mark.parametrize("chosen", ((), ("dgrad",), ("wgrad",), ("dgrad", "wgrad")), ids=",".join)
-def test_fp8_gradients_reach_their_gemms_only(chosen):
-    x, dy = batch(64)
-    cfg = PaperConfig(gemms=("fprop",))
-    want, got = run(make_layer(cfg), x, dy), run(make_layer(replace(cfg, e5m2=chosen)), x, dy)
-    assert [not same(g, w) for g, w in zip(got, want, strict=True)] == [name in chosen for name in GEMMS]
-    layer = make_layer(replace(cfg, e5m2=chosen))
-    with nvfp4.high_precision(layer, GEMMS[1:]):
-        assert all(same(g, w) for g, w in zip(run(layer, x, dy), want, strict=True))
-    with pytest.raises(ValueError, match="fp4_e5m2=wgrad must not be in FP4; take it out of fp4_gemms"):
-        PaperConfig(e5m2=("wgrad",))
-
-
 @pytest.mark.parametrize("autocast", (False, True), ids=("fp32", "autocast"))
 def test_recipe_off_is_f_linear(autocast):
     """With no GEMM in FP4, in each recipe, and inside high_precision(), bits are F.linear's, forward and
@@ -641,39 +630,47 @@ def test_recipe_off_is_f_linear(autocast):
     plain, layer, lines = torch.nn.Linear(64, 96, bias=False), make_layer(RECIPES["nvfp4"]), []
     plain.weight.data.copy_(layer.weight.data)
     want = run(plain, x, dy, autocast)
-
-    def equal(layer):
-        return [same(g, w) for g, w in zip(run(layer, x, dy, autocast), want, strict=True)]
     for recipe in RECIPES.values():
-        assert equal(make_layer(replace(recipe, gemms=()))) == [True] * 3, recipe
-    assert equal(layer) == [False] * 3
+        assert all_same(run(make_layer(replace(recipe, gemms=())), x, dy, autocast), want), recipe
+    assert not any(alike_by_gemm(run(layer, x, dy, autocast), want))
     with pytest.raises(KeyError), nvfp4.high_precision(layer):
-        assert equal(layer) == [True] * 3
+        with nvfp4.high_precision(layer, ("fprop",)):                           # entered twice
+            assert all_same(run(layer, x, dy, autocast), want)
+        assert all_same(run(layer, x, dy, autocast), want)
         raise KeyError                              # after an evaluation that fails, FP4 is on again
-    assert equal(layer) == [False] * 3
+    before = run(layer, x, dy, autocast)
+    assert layer.cfg is RECIPES["nvfp4"] and not any(alike_by_gemm(before, want))
     assert convert(torch.nn.Sequential(plain), RECIPES["bf16"], lines.append)[0] is plain
     assert lines == ["converted 0/1 linears: no GEMM is set to run in FP4"]
-    before = run(layer, x, dy, autocast)[0]
     layer.bias = torch.nn.Parameter(gaussian(96))   # a bias is added to the GEMM's result
-    assert same(run(layer, x, dy, autocast)[0], before + layer.bias.detach().to(before.dtype))
+    assert same(run(layer, x, dy, autocast)[0], before[0] + layer.bias.detach().to(before[0].dtype))
 
 
-@pytest.mark.parametrize("recipe", ("nvfp4", "quartet2", "fp4_dge_occ", "mxfp4"))
-@pytest.mark.parametrize("switched", (GEMMS, ("fprop",), ("dgrad", "wgrad")), ids=",".join)
-def test_late_switch(switched, recipe):
-    """Before its time nothing changes; after it bits are those of a layer without these GEMMs in FP4."""
-    cfg = replace(RECIPES[recipe], until=0.75, switched=switched)
-    left = replace(cfg, gemms=tuple(name for name in cfg.gemms if name not in switched))
+FP8 = PaperConfig(gemms=("fprop",), e5m2=("dgrad",))
+
+
+@pytest.mark.parametrize("cfg", (RECIPES["nvfp4"], RECIPES["quartet2"], RECIPES["fp4_dge_occ"], FP8),
+                         ids=("nvfp4", "quartet2", "fp4_dge_occ", "fp8 gradients"))
+@pytest.mark.parametrize("gemms", (GEMMS, ("fprop",), ("dgrad", "wgrad")), ids=",".join)
+def test_gemms_that_leave_fp4(gemms, cfg):
+    """Inside of high_precision(), and after a late switch, bits are those of a layer without these GEMMs in
+    FP4; before and outside they are what they were."""
+    cfg = replace(cfg, until=0.75, switched=gemms)
     layer, x, dy = make_layer(cfg, N=256, K=128), gaussian(64, 128), gaussian(64, 256, seed=1)
+    left = replace(cfg, gemms=tuple(name for name in cfg.gemms if name not in gemms))
+    if isinstance(cfg, PaperConfig):
+        left = replace(left, e5m2=tuple(name for name in cfg.e5m2 if name not in gemms))
     before, after = (run(make_layer(c, N=256, K=128), x, dy) for c in (cfg, left))
+    news = left != cfg                              # fp4_dge_occ has no FP4 in the backward
 
-    def equal(want):
-        return all(same(g, w) for g, w in zip(run(layer, x, dy), want, strict=True))
-    assert not nvfp4.switch_late(layer, 0.74) and equal(before)
-    news = left.gemms != cfg.gemms                  # fp4_dge_occ has no FP4 in the backward
-    assert nvfp4.switch_late(layer, 0.75) is news and equal(after) and equal(before) is not news
-    assert not nvfp4.switch_late(layer, 0.76) and equal(after)
-    assert not nvfp4.switch_late(make_layer(RECIPES[recipe], N=256, K=128), 1.0)
+    def runs_as(want):
+        return all_same(run(layer, x, dy), want)
+    with nvfp4.high_precision(layer, gemms):
+        assert runs_as(after) and runs_as(before) is not news
+    assert not nvfp4.switch_late(layer, 0.74) and runs_as(before)
+    assert nvfp4.switch_late(layer, 0.75) is news and runs_as(after)
+    assert not nvfp4.switch_late(layer, 0.76) and runs_as(after)
+    assert not nvfp4.switch_late(make_layer(replace(cfg, until=None), N=256, K=128), 1.0)
 
 
 @pytest.mark.parametrize("fused", (False, True))    # a fused optimizer leaves the version counter as it was
@@ -687,7 +684,6 @@ def test_weights_are_quantized_once_per_update(square, n_weights, fused, monkeyp
         return original(x, **options)
     monkeypatch.setattr(nvfp4, "quantize", counting)
     layer, (x, dy) = make_layer(FP4Config(square_weights=square)), batch(32)
-    quantized.clear()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
     for step in range(3):
         for micro_batch in range(3):
@@ -698,17 +694,12 @@ def test_weights_are_quantized_once_per_update(square, n_weights, fused, monkeyp
         optimizer.step()
     assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[2], outputs[3])
     assert torch.equal(layer(x), outputs[-1]) is fused
-    nvfp4.set_step(layer, SEED, step, 3)            # of the same step: nothing new
-    assert torch.equal(layer(x), outputs[-1]) is fused
     nvfp4.set_step(layer, SEED, step + 1)
     assert not torch.equal(layer(x), outputs[-1])
-    with torch.no_grad():
-        layer.weight.zero_()
-    assert outputs[-1].any() and not layer(x).any()
 
 
 def test_the_same_weight_is_quantized_anew_in_a_new_step_alone():
-    """And where it was let go, or another recipe reads it."""
+    """And where it was let go, or another recipe reads it. Nor by high_precision(), unless it has changed."""
     layer, (x, _) = make_layer(FP4Config()), batch(32)
 
     def again():
@@ -723,6 +714,16 @@ def test_the_same_weight_is_quantized_anew_in_a_new_step_alone():
     nvfp4.forget_weights(layer)
     assert layer.quantized is None and again() and not again()
     layer.cfg = replace(layer.cfg, weight_amax=1.0)
+    assert again() and not again()
+    for change, gemms in product((False, True), (GEMMS, ("fprop",), ("dgrad",))):
+        with nvfp4.high_precision(layer, gemms), torch.no_grad():
+            layer(x)
+            if change:
+                layer.weight.mul_(2)
+        assert again() is change and not again()
+    with nvfp4.high_precision(layer), torch.no_grad():
+        nvfp4.set_step(layer, SEED, 9)              # a fused optimizer had its step before it
+        layer(x)
     assert again() and not again()
 
 
@@ -740,58 +741,33 @@ def test_a_weight_with_other_contents_is_noticed():
     layer.weight.data = other["weight"].clone()
     assert torch.equal(layer(x), copy_(x))
     layer.bfloat16()
-    assert torch.equal(layer(x), make_like(layer)(x)) and not torch.equal(layer(x), copy_(x))
+    y = layer(x)
+    nvfp4.forget_weights(layer)
+    assert torch.equal(y, layer(x)) and not torch.equal(y, copy_(x))
 
 
-def make_like(layer):
-    """A layer with the same weight that has quantized nothing yet."""
-    fresh = copy.deepcopy(layer)
-    nvfp4.forget_weights(fresh)
-    return fresh
-
-
-def test_a_step_opened_in_inference_mode_serves_training():
-    layer, (x, dy) = make_layer(FP4Config()), batch(32)
+@pytest.mark.parametrize("opens", (False, True), ids=("evaluates", "opens the step"))
+def test_inference_mode_leaves_training_whole(opens):
+    """The weight that an evaluation quantized serves the training step that follows."""
+    want, layer, (x, dy) = run(make_layer(FP4Config()), *batch(32)), make_layer(FP4Config()), batch(32)
     with torch.inference_mode():
-        nvfp4.set_step(layer, *PLACE)
+        if opens:
+            nvfp4.set_step(layer, *PLACE)
         layer(x)
-    want = run(make_layer(FP4Config()), x, dy)
-    assert all(same(g, w) for g, w in zip(run(layer, x, dy), want, strict=True))
+    assert all_same(run(layer, x, dy), want)
 
 
 def test_an_evaluation_quantizes_for_no_backward(monkeypatch):
     """Without gradients x is quantized once, for fprop; with them for wgrad too."""
-    layer, (x, _), shapes = make_layer(FP4Config()), batch(32), []
-    original = nvfp4.quantize
+    layer, (x, _), shapes, original = make_layer(FP4Config()), batch(32), [], nvfp4.quantize
+    layer(x)                                        # the weight
     monkeypatch.setattr(nvfp4, "quantize",
                         lambda x, **how: shapes.append(tuple(x.shape)) or original(x, **how))
-    for grad, want in ((False, [(32, 64)]), (True, [(32, 64), (64, 32)])):
-        layer(x)                                    # the weight
-        shapes.clear()
-        with torch.set_grad_enabled(grad):
-            layer(x)
-        assert shapes == want
-
-
-def test_gradients_in_fp8_outlive_a_late_switch():
-    """When the last GEMM leaves FP4, what is left of the recipe still holds."""
-    x, dy = batch(64)
-    cfg = PaperConfig(gemms=("fprop",), e5m2=("dgrad",), until=0.5, switched=("fprop",))
-    layer, plain = make_layer(cfg), run(make_layer(replace(cfg, e5m2=())), x, dy)
-    assert nvfp4.switch_late(layer, 0.5)
-    y, dx, dw = run(layer, x, dy)
-    want = by_definition(make_layer(PaperConfig(gemms=())), x, dy)
-    assert same(y, want[0]) and same(dw, want[2]) and same(dx, e5m2(dy) @ layer.weight.detach())
-    assert not same(dx, plain[1])
-
-
-def test_a_layer_of_another_class_is_refused():
-    with pytest.raises(ValueError, match="this recipe needs a PaperLinear"):
-        FP4Linear(torch.nn.Linear(64, 96), RECIPES["fp4_dge_occ"])
-    assert type(RECIPES["nvfp4_46"].layer(torch.nn.Linear(64, 96), RECIPES["nvfp4_46"])) is FP4Linear
-    for form in ("ufp4", "ms_eden"):
-        with pytest.raises(ValueError, match="fp4_dge_k=5.0 must go with scales and a grid like NVFP4's"):
-            PaperConfig(format=form, square_weights=False, dge_k=5.0)
+    with torch.no_grad():
+        layer(x)
+    assert shapes == [(32, 64)]
+    layer(x)
+    assert shapes == [(32, 64), (32, 64), (64, 32)]
 
 
 def test_a_replaced_weight_is_noticed():
@@ -823,7 +799,7 @@ def test_set_step_gives_each_operand_its_key():
     for (_, dx, dw), (_, other_dx, other_dw) in combinations(results.values(), 2):
         assert not torch.equal(dx, other_dx) and not torch.equal(dw, other_dw)
     nvfp4.set_step(model, *PLACE)
-    assert all(same(a, b) for a, b in zip(run(model[1], *batch_), results[PLACE, 3], strict=True))
+    assert all_same(run(model[1], *batch_), results[PLACE, 3])
 
 
 @pytest.mark.parametrize("square", (True, False))
@@ -840,14 +816,6 @@ def test_fresh_signs_rotate_both_operands_alike(square):
     exact = x @ layer.weight.detach().t()
     unlike = hadamard(x, signs[0]) @ hadamard(layer.weight.detach(), signs[1]).t()
     assert not torch.equal(signs[0], signs[1]) and float((unlike - exact).norm() / exact.norm()) > 0.25
-
-
-def test_evaluation_in_inference_mode_leaves_training_whole():
-    """The weight that it quantized serves the training step that follows."""
-    want, layer, (x, dy) = run(make_layer(FP4Config()), *batch(32)), make_layer(FP4Config()), batch(32)
-    with torch.inference_mode():
-        layer(x)
-    assert all(same(g, w) for g, w in zip(run(layer, x, dy), want, strict=True))
 
 
 @pytest.mark.parametrize("stochastic", ((), ("dgrad.dy",)), ids=str)
@@ -867,57 +835,6 @@ def test_noise_without_set_step_is_named(stochastic):
         layers[0].train()(torch.ones(16, 32))
 
 
-def test_high_precision_can_be_entered_twice():
-    cfg = FP4Config()
-    layer = make_layer(cfg)
-    with nvfp4.high_precision(layer):
-        with nvfp4.high_precision(layer, ("fprop",)):
-            assert layer.cfg.gemms == ()
-        assert layer.cfg.gemms == ()
-    assert layer.cfg is cfg and cfg.gemms == GEMMS
-
-
-def test_a_step_that_begins_in_high_precision_has_new_weights():
-    """Also those that a fused optimizer has changed, whose version counter has not moved."""
-    layer, (x, dy) = make_layer(FP4Config()), batch(32)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
-    before = run(layer, x, dy)[0]
-    optimizer.step()
-    with nvfp4.high_precision(layer):
-        nvfp4.set_step(layer, SEED, 8)
-        layer(x)
-    anew = make_layer(FP4Config())
-    anew.weight = layer.weight
-    assert same(run(layer, x, dy)[0], run(anew, x, dy)[0]) and not same(run(layer, x, dy)[0], before)
-
-
-@pytest.mark.parametrize("recipe", ("nvfp4", "quartet2", "fp4_dge_occ"))
-@pytest.mark.parametrize("high", (("dgrad", "wgrad"), ("dgrad",), ("fprop",)), ids=",".join)
-def test_some_gemms_in_high_precision(high, recipe, monkeypatch):
-    """Inside, bits are those of a layer without these GEMMs in FP4; after it they are what they were, by the
-    weight that was quantized before, unless it has changed meanwhile."""
-    cfg, x, dy = RECIPES[recipe], gaussian(64, 128), gaussian(64, 256, seed=1)
-    layer, other = make_layer(cfg, N=256, K=128), make_layer(cfg.without(high), N=256, K=128)
-    before, want = run(layer, x, dy), run(other, x, dy)
-    left = [name not in high or name not in cfg.gemms for name in GEMMS]
-    if not as_paper(cfg).reuse_codes:               # there the backward has the forward's codes
-        assert [same(g, w) for g, w in zip(want, before, strict=True)] == left
-    with nvfp4.high_precision(layer, high):
-        assert all(same(g, w) for g, w in zip(run(layer, x, dy), want, strict=True))
-    quantized, calls = layer.quantized, []
-    original = layer.quantize_weight
-    monkeypatch.setattr(layer, "quantize_weight", lambda: calls.append(1) or original())
-    assert all(same(g, w) for g, w in zip(run(layer, x, dy), before, strict=True))
-    assert layer.quantized is quantized and not calls
-    with nvfp4.high_precision(layer, high), torch.no_grad():
-        layer(x)
-        layer.weight.mul_(2)
-        layer(x)
-    after = run(layer, x, dy)
-    assert same(after[0], 2 * before[0]) and same(after[1], 2 * before[1])      # by a power of two, exactly
-    assert not same(after[1], before[1])
-
-
 @pytest.mark.parametrize("name", ("nvfp4", "only fprop", "only backward"))
 def test_a_frozen_side_leaves_the_other_its_gradient(name):
     layer, (x, dy) = make_layer(CONFIGS[name]), batch(37)
@@ -934,10 +851,8 @@ def test_a_frozen_side_leaves_the_other_its_gradient(name):
 
 def test_no_tokens_give_no_rows():
     """As nn.Linear: an expert to which no token was sent."""
-    x = torch.empty(0, 64, requires_grad=True)
-    y = make_layer(FP4Config())(x)
-    y.sum().backward()
-    assert y.shape == (0, 96) and x.grad.shape == (0, 64)
+    y, dx, _ = run(make_layer(FP4Config()), torch.empty(0, 64), torch.empty(0, 96))
+    assert y.shape == (0, 96) and dx.shape == (0, 64)
 
 
 # ---------------------------------------------------------------- convert, and a user's mistakes
@@ -949,8 +864,8 @@ ROUTERS = "; skip: blocks.0.router, blocks.1.router, blocks.2.router, blocks.3.r
     ({}, "01234", ROUTERS), ({"tail": 0.15}, "0123", f"{ROUTERS}; tail: blocks.4.out in high precision"),
     ({"tail": 0.5, "head_blocks": 1}, "12", f"; head blocks: blocks.0.out in high precision{ROUTERS}; "
      "tail: blocks.3.out, blocks.4.out in high precision"),
-    ({"skip": ("*.[1-3].*", "hea?"), "gemms": ("dgrad",)}, "04",
-     "; skip: blocks.1.out, blocks.1.router, blocks.2.out, blocks.2.router ... in high precision")), ids=str)
+    ({"skip": ("*.[1-3].*",), "gemms": ("dgrad",)}, "04",
+     "; skip: blocks.0.router, blocks.1.out, blocks.1.router, blocks.2.out ... in high precision")), ids=str)
 def test_convert(change, converted, kept):
     """Which layers, the report line, and that parameters stay the same objects under the same names."""
     def block():
@@ -960,13 +875,142 @@ def test_convert(change, converted, kept):
     parameters, state, cfg = dict(model.named_parameters()), list(model.state_dict()), FP4Config(**change)
     assert convert(model, cfg, lines.append) is model
     names = [f"blocks.{n}.out" for n in converted]
-    if "skip" in change:                            # the routers' own rule was replaced
-        names = [f"blocks.{n}.{kind}" for n in converted for kind in ("out", "router")]
     assert [name for name, m in model.named_modules() if isinstance(m, FP4Linear)] == names
     assert list(model.state_dict()) == state and len(parameters) == len(state)
     assert all(p is parameters[name] for name, p in model.named_parameters())
     assert len({m.index for m in nvfp4.fp4_layers(model)}) == len(names)
     assert lines == [f"converted {len(names)}/11 linears to nvfp4 ({','.join(cfg.gemms)}){kept}"]
+
+
+def mlp(first):
+    return torch.nn.Sequential(first, torch.nn.ReLU(), torch.nn.Linear(64, 64))
+
+
+class Scaled(torch.nn.Linear):
+    def forward(self, x):
+        return 10 * super().forward(x)
+
+
+def with_its_own(name, value):
+    """A layer that has something beside weight and bias: a forward, a buffer, an adapter."""
+    linear = torch.nn.Linear(64, 64)
+    setattr(linear, name, value)
+    return linear
+
+
+MORE = {                                            # than x w^T + b
+    "weight_norm": lambda: torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(64, 64)),
+    "orthogonal": lambda: torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(64, 64)),
+    "prune": lambda: prune.random_unstructured(torch.nn.Linear(64, 64), "weight", 0.5),
+    "subclass": lambda: Scaled(64, 64),
+    "module": lambda: with_its_own("adapter", torch.nn.Dropout()),
+    "parameter": lambda: with_its_own("scale", torch.nn.Parameter(torch.ones(64))),
+    "buffer": lambda: with_its_own("mask", torch.nn.Buffer(torch.ones(64))),
+    "forward": lambda: with_its_own("forward", lambda x: 10 * x),
+    "encoder": lambda: torch.nn.TransformerEncoderLayer(64, 4, 64, dropout=0.0, batch_first=True),
+    "attention": lambda: torch.nn.TransformerDecoderLayer(64, 4, 64, dropout=0.0, batch_first=True).self_attn,
+}
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_what_is_more_than_a_linear_layer_is_left_alone(kind):
+    """And named. Its class, parameters, buffers and output stay."""
+    torch.manual_seed(0)
+    first, said = MORE[kind](), []
+    call = (lambda x: first(x, x, x)[0]) if kind == "attention" else first
+    model, x = mlp(first).eval(), torch.randn(2, 8, 64)
+    with torch.no_grad():
+        before, want = [*model.state_dict()], call(x)
+        convert(model, RECIPES["nvfp4"], said.append)
+        assert torch.equal(call(x), want) and [*model.state_dict()] == before
+    assert re.search(r"converted 1/\d .*; more than a linear layer: 0.* in high precision", said[0])
+    assert isinstance(model[2], FP4Linear) and not any(isinstance(m, FP4Linear) for m in first.modules())
+
+
+def test_a_converted_layer_stays_the_layer_that_it_was():
+    """The object, its parameters, hooks, attributes and mode."""
+    first, calls = torch.nn.Linear(64, 64), []
+    first.register_forward_hook(lambda *_: calls.append("forward"))
+    first.register_full_backward_hook(lambda *_: calls.append("backward"))
+    first.note = "kept"
+    model, weight = mlp(first).eval(), first.weight
+    convert(model, RECIPES["nvfp4"], report=lambda line: None)
+    nvfp4.set_step(model, 0, 0)
+    model(torch.randn(32, 64, requires_grad=True)).sum().backward()
+    assert model[0] is first and isinstance(first, FP4Linear) and first.weight is weight
+    assert calls == ["forward", "backward"] and first.note == "kept" and weight.grad is not None
+    assert not model.training and not first.training
+
+
+@pytest.mark.parametrize("first, second", [("nvfp4", "ngpt"), ("nvfp4", "mxfp4"), ("quartet2", "nvfp4"),
+                                           ("ngpt", "bf16")])
+def test_the_second_call_of_convert_holds(first, second):
+    """As if there had been no first one; in high precision too, where two wrappers called each other."""
+    twice, once = mlp(torch.nn.Linear(64, 64)), mlp(torch.nn.Linear(64, 64))
+    once.load_state_dict(twice.state_dict())
+    x, said = torch.randn(32, 64), []
+    for model, recipes in ((twice, (first, second)), (once, (second,))):
+        for recipe in recipes:
+            convert(model, RECIPES[recipe], said.append)
+        nvfp4.set_step(model, 0, 0)
+    assert said[1] == said[2] and torch.equal(twice(x), once(x))
+    assert [type(m) for m in twice] == [type(m) for m in once]
+    with nvfp4.high_precision(twice):
+        assert torch.equal(twice(x), torch.nn.functional.linear(
+            twice[0](x).relu(), twice[2].weight, twice[2].bias))
+    convert(twice, FP4Config(tail=0.5), said.append)
+    assert len(nvfp4.fp4_layers(twice)) == 2 - ("tail: 2" in said[-1]) == 1
+
+
+def test_a_size_that_does_not_fit_names_its_layer_and_converts_nothing():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 20), torch.nn.Linear(20, 64))
+    with pytest.raises(ValueError, match=r"^2: K=20 must be a multiple of 16 .*--fp4_skip"):
+        convert(model, RECIPES["nvfp4"])
+    assert not nvfp4.fp4_layers(model)
+    convert(model, FP4Config(skip=("2",)))
+    assert len(nvfp4.fp4_layers(model)) == 2
+
+
+class Wrapped(torch.nn.Module):
+    """As torch.compile and DistributedDataParallel wrap a model: under a name of their own."""
+
+    def __init__(self, name, model):
+        super().__init__()
+        setattr(self, name, model)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod", "module"])
+def test_heads_and_routers_stay_in_high_precision_by_any_usual_name(prefix):
+    """fp4_skip adds to them, and a name that fits nothing is said. gate_proj is no router."""
+    parts = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64) for name in (
+        "head", "lm_head", "router", "gate", "gate_proj", "q")})
+    model, said = Wrapped(prefix, parts) if prefix else parts, []
+    convert(model, FP4Config(skip=("q", "nothing*")), said.append)
+    assert [name for name, m in parts.items() if isinstance(m, FP4Linear)] == ["gate_proj"]
+    assert "skip: head, lm_head, router, gate ... in" in said[0] and "fp4_skip=nothing* names no" in said[0]
+
+
+def test_blocks_are_numbered_by_whole_names():
+    """gpt2.h.7 is in block 7."""
+    model = torch.nn.ModuleDict({"gpt2": torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(20))})
+    convert(model, FP4Config(tail=0.15))
+    assert [isinstance(m, FP4Linear) for m in model["gpt2"]] == [True] * 17 + [False] * 3
+
+
+def test_an_evaluation_looks_at_the_weights_anew():
+    """weight.data.copy_(average) moves no version counter."""
+    model, average, x = (mlp(torch.nn.Linear(64, 64)) for _ in range(2)), None, torch.randn(32, 64)
+    model, average = model
+    convert(model, RECIPES["nvfp4"])
+    convert(average, RECIPES["nvfp4"])
+    for m in (model, average):
+        nvfp4.set_step(m, 0, 0)
+    with torch.no_grad():
+        old = model(x)
+        for p, value in zip(model.parameters(), average.parameters(), strict=True):
+            p.data.copy_(value)
+        assert not torch.equal(model(x), average(x)) or torch.equal(old, average(x))    # control: not seen
+        assert torch.equal(model.eval()(x), average.eval()(x))
 
 
 @pytest.mark.parametrize("change, changed", (
@@ -979,8 +1023,7 @@ def test_convert_makes_a_layer_of_papers_only_where_gemms_change(change, changed
     model = convert(torch.nn.Sequential(torch.nn.Linear(64, 96, bias=False)), cfg, lambda line: None)
     assert type(model[0]) is (papers.PaperLinear if changed else FP4Linear)
     if not change:
-        results = run(make_layer(cfg), x, dy), run(make_layer(FP4Config(square_weights=False)), x, dy)
-        assert all(same(a, b) for a, b in zip(*results, strict=True))
+        assert all_same(run(make_layer(cfg), x, dy), run(make_layer(FP4Config(square_weights=False)), x, dy))
 
 
 def test_a_layer_under_several_names_is_converted_under_all():
@@ -997,23 +1040,13 @@ def test_a_layer_under_several_names_is_converted_under_all():
 @pytest.mark.parametrize("cfg", [RECIPES["ngpt"], RECIPES["nvfp4"], RECIPES["mxfp4"],
                                  FP4Config(gemms=("fprop",)), FP4Config(gemms=("dgrad",)),
                                  PaperConfig(hadamard=("dgrad",), hadamard_size=32), RECIPES["fp4_dge_occ"],
-                                 PaperConfig(reuse_codes=True, dge_k=5.0),
                                  replace(RECIPES["quartet2"], hadamard_size=32), RECIPES["hif4"]],
-                         ids=["ngpt", "nvfp4", "mxfp4", "fprop", "dgrad", "rotated by 32", "fp4_dge_occ",
-                              "codes again, dge", "quartet2", "hif4"])
+                         ids=["ngpt", "nvfp4", "mxfp4", "fprop", "dgrad", "by 32", "dge", "quartet2", "hif4"])
 def test_any_number_of_output_channels(cfg):
-    """50 of them: y, dx and dw of a layer with rows of zeros up to the next block, to the bit."""
-    layer, wide = (cfg.layer(torch.nn.Linear(64, N, bias=False), cfg, 5) for N in (50, 64))
-    with torch.no_grad():
-        layer.weight.copy_(F.normalize(gaussian(50, 64, seed=9), dim=1))
-        wide.weight.copy_(F.pad(layer.weight, (0, 0, 0, 14)))
-    for m in (layer, wide):
-        nvfp4.set_step(m, *PLACE)
-    x, dy = batch(32)
-    y, dx, dw = run(layer, x, dy[:, :50])
-    wide_y, wide_dx, wide_dw = by_definition(wide, x, F.pad(dy[:, :50], (0, 14)))
-    assert same(y, wide_y[:, :50]) and same(dx, wide_dx) and same(dw, wide_dw[:50])
-    assert not same(dx, by_definition(wide, x, F.pad(dy[:, 1:51], (0, 14)))[1])                 # control
+    """50 of them: the definition fills them up with rows of zeros to the next block."""
+    layer, (x, dy) = make_layer(cfg, N=50), batch(32)
+    assert all_same(run(layer, x, dy[:, :50]), by_definition(layer, x, dy[:, :50]))
+    assert not same(run(layer, x, dy[:, :50])[1], by_definition(layer, x, dy[:, 1:51])[1])
 
 
 def experts(K=32):
@@ -1037,6 +1070,7 @@ def experts(K=32):
     ("at most, not 128", lambda: FP4Linear(experts(), PaperConfig(hadamard=("wgrad",), hadamard_size=128))),
     ("at most, not 64", lambda: FP4Linear(experts(64), RECIPES["hif4"])),
     ("square", lambda: PaperConfig(format="hif4")),
+    ("this recipe needs a PaperLinear", lambda: FP4Linear(torch.nn.Linear(64, 96), RECIPES["fp4_dge_occ"])),
     ("fp4_dge_k=5.0", lambda: PaperConfig(format="ufp4", dge_k=5.0)),
     *((f"fp4_{name}=", lambda name=name, value=value: PaperConfig(**{name: value})) for name, value in (
         ("gemms", ("fprob",)), ("stochastic", ("x",)), ("hadamard", ("all",)), ("hadamard_signs", "some"),
@@ -1069,9 +1103,8 @@ def test_walk_shows_what_quantize_does(capsys):
     odds = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[4:7]]
     assert odds == ["0, or 0.5 in 122 of 256", "4, or 6 in 255 of 256", "1.5, or 2 in 92 of 256"]
     for wrong in (["abc"], ["1", "--json"], ["--jsn"]):
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(SystemExit, match=wrong[-1]):
             nvfp4.main(wrong)
-        assert "\n" not in stopped.value.code and wrong[-1] in stopped.value.code
 
 
 def test_the_tour_says_what_papers_add():
@@ -1110,58 +1143,18 @@ def scratch_format(monkeypatch, name, **fields):
     return name
 
 
-@pytest.mark.parametrize("M", (64, 37))
-def test_block_size_is_the_format_s(M, monkeypatch):
-    """In blocks of 32 a layer is its definition, and sizes must be multiples of 32."""
-    name = scratch_format(monkeypatch, "wide", block=32)
-    half = gaussian(48, 3, 16)                      # either half of a block of 32 holds the same magnitudes
-    x = torch.cat([half, -half.flip(2)], 2).flatten(1)
-    wide, usual = quantize(x, name), quantize(x)
-    assert FORMATS[name].bits == 4.25 and wide.scales.shape == (48, 3)
-    assert torch.equal(wide.scales.float().repeat_interleave(2, 1), usual.scales.float())
-    assert torch.equal(wide.codes, usual.codes)
-    (x, dy), usual = batch(M), run(make_layer(FP4Config()), *batch(M))
-    for cfg in (FP4Config(format=name), FP4Config(format=name, hadamard=GEMMS, square_weights=False)):
-        layer = make_layer(cfg)
-        got, want = run(layer, x, dy), by_definition(layer, x, dy)
-        assert all(same(g, w) for g, w in zip(got, want, strict=True))
-        assert not any(same(g, u) for g, u in zip(got, usual, strict=True))
-    FP4Linear(torch.nn.Linear(48, 64), FP4Config())
-    with pytest.raises(ValueError) as error:
-        FP4Linear(torch.nn.Linear(48, 64), FP4Config(format=name))
-    said = str(error.value)
-    assert "K=48" in said and "32" in said and name in said and "\n" not in said
-
-
-def test_fixed_scales_are_the_format_s(monkeypatch):
-    """Largest block scale 256 and every amax fixed: the products' factors, known beforehand, are its own."""
-    fixed = {"input_amax": 1.0, "weight_amax": 1.0, "grad_amax": 4.0}
-    name = scratch_format(monkeypatch, "low", top=256.0)
-    layer = make_layer(FP4Config(format=name, **fixed))
-    x, dy = batch(64)
-    got, want = run(layer, x, dy), by_definition(layer, x, dy)
-    assert all(same(g, w) for g, w in zip(got, want, strict=True))
-    assert max(relative_errors(got, x, dy)) < 0.25
-    q, usual = (quantize(x, format, amax=1.0, decode=FP32) for format in (name, "nvfp4"))
-    assert float(q.s_dec) == pytest.approx(448 / 256 * float(usual.s_dec))
-
-
 def test_one_place_decides_whether_kernels_run(monkeypatch):
     """A format without kernels is quantized by its definition, on a device that has kernels too."""
     def kernels(x, rows, columns):
         raise NotImplementedError("kernels")
-    x, name, cpu = gaussian(48, 64), scratch_format(monkeypatch, "wide", block=32), torch.device("cpu")
-    how, longer = choices(name, decode=BF16), choices(signs=torch.ones(32))
+    x, how, longer = gaussian(64, 64), choices("mxfp4", decode=BF16), choices(signs=torch.ones(32))
     want, rotated = quantize_both(x, how, how), quantize(x, **longer)
     monkeypatch.setattr(nvfp4, "has_kernels", lambda device: True)
     monkeypatch.setattr(nvfp4, "quantize_both_triton", kernels)
-    assert nvfp4.kernels_run(cpu, FORMATS["nvfp4"]) and not nvfp4.kernels_run(cpu, FORMATS[name])
-    assert nvfp4.kernels_run(cpu, FORMATS["nvfp4"], FIXED)
-    assert not nvfp4.kernels_run(cpu, FORMATS["nvfp4"], longer["signs"])        # nor do they rotate by 32
     both = quantize_both(x, how, how)
     for got, q in ((quantize(x, **how), want.rows), (both.rows, want.rows), (both.columns, want.columns),
                    (quantize(x, **longer), rotated), (quantize_both(x, longer).rows, rotated)):
-        assert alike(got, q)
+        assert alike(got, q)                        # nor do kernels rotate by 32
     for reaches in (lambda: quantize(x), lambda: quantize(x, signs=FIXED), lambda: quantize(x.t()),
                     lambda: quantize_both(x, None, choices()), lambda: quantize_both(x, choices())):
         with pytest.raises(NotImplementedError):
@@ -1206,106 +1199,70 @@ def test_a_format_whose_codes_stand_for_something_else_is_refused(name):
 
 # ---------------------------------------------------------------- MXFP4
 
+ORACLES_OF_VALUES = {"mxfp4": oracle.mxfp4, "mxfp4_floor": lambda x: oracle.mxfp4(x, floor=True),
+                     "hif4": lambda x: oracle.hif4(x).values()}
+
+
+@pytest.mark.parametrize("kind", (*KINDS, "large", "nan"))
+@pytest.mark.parametrize("name", ORACLES_OF_VALUES)
+def test_values_are_the_oracle_s(name, kind):
+    """Bit for bit, on bf16 numbers, packed and decoded, along rows and along columns; blocks with NaN or Inf
+    are NaN. Another format's are others."""
+    x, block = sample(kind if kind in KINDS else "gaussian", (48, 256), BF16), FORMATS[name].block
+    if kind == "large":                             # beyond the largest scale of HiF4
+        x = x * torch.logspace(-20, 7, 48)[:, None].bfloat16()
+    if kind == "nan":
+        x[5, 7], x[9, 70], x[9, 200] = float("nan"), float("inf"), -float("inf")
+    want = torch.tensor(ORACLES_OF_VALUES[name](x.float().numpy()).astype(np.float32))
+    packed, turned = quantize(x, name), quantize(x.t().contiguous().t(), name)
+    for q in (packed, turned, quantize(x, name, decode=BF16), quantize(x, name, decode=FP32)):
+        assert same(q.dequantize(), want) and float(q.s_dec) == 1
+    assert torch.equal(turned.scales.view(torch.uint8), packed.scales.view(torch.uint8))
+    assert int(want.isnan().sum()) == (3 * block if kind == "nan" else 0)
+    if kind == "gaussian":                          # controls
+        flipped = packed.scales.view(torch.uint8).flip(0).view(packed.scales.dtype)
+        others = [quantize(x, other) for other in ORACLES_OF_VALUES if other != name]
+        for wrong in (packed._replace(codes=packed.codes >> 4 | packed.codes << 4),
+                      packed._replace(scales=flipped), *others):
+            assert not same(wrong.dequantize(), want)
+
+
+
 MXFP4 = {"mxfp4": "RCEIL", "mxfp4_floor": "FLOOR"}  # what torchao calls its way to a scale
 
 
-@cache
-def torchao_formats():
-    return pytest.importorskip("torchao.prototype.mx_formats.mx_tensor", reason="torchao is not installed")
-
-
-def by_torchao(name, x):
-    """(codes, scales, values) of x (M, K): bytes, bytes and fp32."""
-    mx = torchao_formats()
-    mode = mx.ScaleCalculationMode[MXFP4[name]]
-    scales, codes = mx.to_mx(x.contiguous(), torch.float4_e2m1fn_x2, 32, mode)
-    values = mx.to_dtype(codes, scales, torch.float4_e2m1fn_x2, 32, FP32)
-    return codes.view(torch.uint8), scales.view(torch.uint8), values
-
-
-@pytest.mark.parametrize("turned", (False, True), ids=("rows", "columns"))
 @pytest.mark.parametrize("dtype", (BF16, FP32), ids=str)
 @pytest.mark.parametrize("name", MXFP4)
-def test_mxfp4_is_torchao_s(name, dtype, turned):
-    """Codes, scales and values bit for bit, packed and decoded. A block with Inf, which torchao saturates, is
-    NaN here; with NaN it is in both."""
-    other = next(format for format in MXFP4 if format != name)
-    for kind in (*KINDS, "nan"):
+def test_mxfp4_is_torchao_s(name, dtype):
+    """Codes, scales and values bit for bit, along rows and columns. Blocks with NaN are NaN in both."""
+    mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor",
+                             reason="torchao is not there: pip install -r tests/requirements.txt")
+    for turned, kind in product((False, True), (*KINDS, "nan")):
         x = sample(kind if kind in KINDS else "gaussian", (96, 128), dtype)
         if kind == "nan":
             x[5, ::50] = float("nan")
         x = x.t() if turned else x
-        codes, scales, values = by_torchao(name, x)
-        packed, decoded = quantize(x, name), quantize(x, name, decode=BF16)
-        whole = ~values.isnan()
-        pairs = whole[:, ::2]                       # a block is NaN or is not: both codes of a byte
-        assert torch.equal(packed.scales.view(torch.uint8), scales)
-        assert torch.equal(packed.codes[pairs], codes[pairs]) and float(packed.s_dec) == 1
-        for q in (packed, decoded):
-            assert same(q.dequantize()[whole], values[whole]) and q.dequantize()[~whole].isnan().all()
+        scales, codes = mx.to_mx(x.contiguous(), torch.float4_e2m1fn_x2, 32,
+                                 mx.ScaleCalculationMode[MXFP4[name]])
+        values, codes = mx.to_dtype(codes, scales, torch.float4_e2m1fn_x2, 32, FP32), codes.view(torch.uint8)
+        q, whole = quantize(x, name), ~values.isnan()
+        assert torch.equal(q.scales.view(torch.uint8), scales.view(torch.uint8))
+        assert torch.equal(q.codes[whole[:, ::2]], codes[whole[:, ::2]])        # NaN or not: both of a byte
+        assert same(q.dequantize()[whole], values[whole]) and q.dequantize()[~whole].isnan().all()
         assert bool(whole.all()) is (kind != "nan")
         if kind == "gaussian":                      # controls
-            assert not torch.equal(quantize(x, other).codes, codes)
-            assert not torch.equal(packed.codes >> 4 | packed.codes << 4, codes)
-            assert not torch.equal(quantize(x.roll(1, 1), name).scales.view(torch.uint8), scales)
-    x[1, 3] = float("inf")
-    assert quantize(x, name).dequantize()[1, :32].isnan().all()
-
-
-@pytest.mark.parametrize("name, mse", (("mxfp4", 13.30e-3), ("mxfp4_floor", 13.21e-3)))
-def test_mxfp4_mse(name, mse):
-    """Unit Gaussians within 3 %; values 3 % too small are noticed, and so is another format."""
-    x = gaussian(2048, 4096)
-    values = quantize(x, name).dequantize()
-    right, wrong, nvfp4_mse = (float((v - x).square().mean()) for v in (
-        values, 0.97 * values, quantize(x).dequantize()))
-    assert abs(right / mse - 1) < 0.03 < min(abs(wrong / mse - 1), abs(nvfp4_mse / mse - 1))
-
-
-def test_mxfp4_saturates_only_by_the_floor():
-    """Rounded up, a scale brings its block into (3, 6], so stochastic rounding is unbiased as it is; OCP's
-    brings it into [4, 8)."""
-    x = gaussian(512, 1024).abs() + 1e-3
-    up, floor = (x.unflatten(1, (-1, 32)).amax(2) / quantize(x, name).scales.float() for name in MXFP4)
-    assert 3 < up.min() and up.max() <= 6 and 4 <= floor.min() and 6 < floor.max() < 8
-    assert same(quantize(x, "mxfp4", unbiased=True, stochastic=True).codes,
-                quantize(x, "mxfp4", stochastic=True).codes)
-    with pytest.raises(ValueError, match="mxfp4_floor saturates"):
-        quantize(x, "mxfp4_floor", unbiased=True)
+            assert not torch.equal(q.codes >> 4 | q.codes << 4, codes)
+            assert not torch.equal(quantize(x.roll(1, 1), name).scales.view(torch.uint8),
+                                   scales.view(torch.uint8))
 
 
 # ---------------------------------------------------------------- four over six
 
-@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
-def test_four_over_six_is_the_oracle_s(dtype):
-    """Codes, scales and values bit for bit; by the sum of absolute errors blocks choose otherwise."""
-    for n, (kind, block, stochastic, unbiased, amax) in enumerate(product(
-            KINDS, ((1, 16), (16, 16)), (False, True), (False, True), (None, 1.0))):
-        x = sample(kind, (48, 64), dtype, seed=n)
-        given = x.float().numpy(), block, stochastic, SEED, amax, 6 * 16 / 17 if unbiased else 6
-        q = quantize(x, "nvfp4_46", block == (16, 16), stochastic, SEED, amax, unbiased)
-        assert agrees(q, oracle.four_over_six(*given)), (kind, block, stochastic, unbiased, amax)
-        if kind == "gaussian" and block == (1, 16):
-            assert not agrees(q, oracle.four_over_six(*given, power=1))
-            assert not agrees(q, oracle.quantize(*given, top=256.0))
-    x[3, 20] = float("nan")
-    assert quantize(x, "nvfp4_46").dequantize().isnan().all()
-    assert torch.equal(quantize(x, "nvfp4_46", amax=1.0).dequantize().isnan().sum(1),
-                       16 * (torch.arange(48) == 3))
-
-
-@cache
-def fouroversix_s():
-    """Its PyTorch reference and its rules, of which ours is mse."""
-    why = "fouroversix (and transformers, which it imports) is not there: .ci/run installs both"
-    made = pytest.importorskip("fouroversix.quantize.pytorch.reference", reason=why)
-    rules = pytest.importorskip("fouroversix.utils", reason=why).ScaleRule
-    return made.quantize_to_fp4, {"mse": rules.mse, "mae": rules.mae, "max": rules.abs_max}
-
-
 def by_fouroversix(x, rule, square):
-    """(codes, scales, values in units of the tensor scale, s_dec)"""
-    theirs, rules = fouroversix_s()
+    """(codes, scales, values in units of the tensor scale, s_dec) by its PyTorch reference. Ours is mse."""
+    why = "fouroversix (and transformers, which it imports) is not there: .ci/run installs both"
+    theirs = pytest.importorskip("fouroversix.quantize.pytorch.reference", reason=why).quantize_to_fp4
+    rules = pytest.importorskip("fouroversix.utils", reason=why).ScaleRule
     how = {"scale_rule": rules[rule], "block_scale_2d": square, "use_blackwell_scale_layout": False}
     codes, scales, amax = theirs(x, **how)
     grid, _, _ = theirs(x, **how, pack_values=False)
@@ -1314,70 +1271,33 @@ def by_fouroversix(x, rule, square):
     return codes, lines[::BLOCK if square else 1], values, 1 / (6 * 256 / amax)
 
 
-def older_scales(blocks, s_enc, target):
-    """e4m3_scales() in an older order of rounding; target 6 or 4."""
-    scale = nvfp4.block_amax(blocks) / torch.tensor(6.0) * s_enc
-    return (scale * (6 / target)).to(torch.float8_e4m3fn).float()
-
-
-def near_ties(x, square):
-    """Where rounding may decide between 4 and 6. In either program two roundings, of s_dec or products with
-    amax, move a value, which is at most 17/16 of the block's amax, and one the difference. With u = 2^-24
-
-    value   d = 4u amax for each error, so 2d (their sum) for a sum of squares; and (n + 1) u of both sums for
-            adding up n squares in fp32
-    """
-    height, u = BLOCK if square else 1, 2**-24
-    blocks = x.float().unflatten(1, (-1, BLOCK)).unflatten(0, (-1, height))
-    s_enc, s_dec = nvfp4.tensor_scales(x.abs().max().float(), 256.0)
-    n, d, found = BLOCK * height, 4 * u * nvfp4.block_amax(blocks).double()[:, 0, :, 0], []
-    for target in (6, 4):
-        scale = older_scales(blocks, s_enc, target)
-        value = e2m1(blocks.abs() * nvfp4.encode_scale(scale, s_dec))[0].double() * scale
-        error = (value * (x.abs().max().double() / (6 * 256)) - blocks.abs()).abs()
-        found.append([error.sum((1, 3)), error.square().sum((1, 3))])
-    (sum6, squares6), (sum4, squares4) = found
-    return (squares6 - squares4).abs() <= 2 * d * (sum6 + sum4) + (n + 1) * u * (squares6 + squares4)
-
-
 @pytest.mark.parametrize("square", (False, True), ids=("1x16", "16x16"))
-def test_four_over_six_is_fouroversix_s(square, monkeypatch):
-    """Codes, scales and values bit for bit, on bf16 numbers, with scales in its older order of rounding. In
-    ours all blocks are the same but those where the orders differ: at ties of E4M3, which the kind "scale
-    ties" is full of. Where 4 and 6 leave the same error, a rounding of s_dec may decide: near_ties() counts.
+def test_four_over_six_is_fouroversix_s(square):
+    """Codes, scales and values bit for bit, on bf16 numbers, but for the few blocks where 4 and 6 leave the
+    same error up to fp32's rounding of its terms, which is 2^-24 of them: 2^-17 of the sum is generous.
 
     Not compared: block scales below E4M3's normal numbers, where its codes can overflow, and the sign of 0.
     """
-    height, undecided = BLOCK if square else 1, 0
-    for kind in ("gaussian", "cauchy", "outlier", "tiny", "zero blocks", "zero", "ties", "scale ties"):
-        x = sample(kind if kind in KINDS else "gaussian", (96, 128), BF16) + 0  # -0 + 0 = 0
-        if kind == "scale ties":                    # of amax 17/32 and so on, which is 136 = (128 + 144) / 2
-            x = (8 * x).round() + 0
-            x[::BLOCK, ::BLOCK] = 7 * (17 + 2 * torch.arange(48).view(6, 8) % 16)
-            x[-1, -1] = 7 * 32
-        codes, scales, values, s_dec = by_fouroversix(x, "mse", square)
-        ours = quantize(x, "nvfp4_46", square)
-        with monkeypatch.context() as patch:
-            patch.setattr(papers, "e4m3_scales", older_scales)
-            older = quantize(x, "nvfp4_46", square)
+    height, n_undecided = BLOCK if square else 1, 0
 
-        def differs(q, codes=codes, scales=scales, values=values):              # block by block
-            wrong = (q.decode(FP32) != values) | (q.codes != codes).repeat_interleave(2, 1)
-            wrong = wrong.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, height)).any(3).any(1)
-            return wrong | (q.scales.float() != scales)
-        assert same(older.s_dec, s_dec) or kind == "zero"
-        wrong = differs(older)
-        assert near_ties(x, square)[wrong].all(), kind
-        undecided += int(wrong.sum())
-        orders = (older.scales.float() != ours.scales.float()) & ~wrong
-        assert torch.equal(differs(ours) & ~wrong, orders), kind
-        assert bool(orders.any()) is (kind == "scale ties"), kind
+    def of_blocks(t):
+        return t.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, height))
+    for kind in ("gaussian", "cauchy", "outlier", "tiny", "zero blocks", "zero", "ties"):
+        x = sample(kind, (96, 128), BF16) + 0       # -0 + 0 = 0
+        codes, scales, values, s_dec = by_fouroversix(x, "mse", square)
+        q = quantize(x, "nvfp4_46", square)
+        assert same(q.s_dec, s_dec) or kind == "zero"
+        wrong = (q.decode(FP32) != values) | (q.codes != codes).repeat_interleave(2, 1)
+        wrong = of_blocks(wrong).any(3).any(1) | (q.scales.float() != scales)
+        ours, theirs = (of_blocks(t.double() * q.s_dec - x).square().sum((1, 3))
+                        for t in (q.decode(), values))
+        assert ((ours - theirs).abs() <= 2**-17 * ours)[wrong].all(), kind
+        n_undecided += int(wrong.sum())
         if kind == "gaussian":                      # controls
-            by_rows = quantize(x, "nvfp4_46").scales.float()
-            assert [rule for rule in ("mse", "mae", "max")
-                    if torch.equal(by_fouroversix(x, rule, False)[1], by_rows)] == ["mse"]
-            assert differs(ours._replace(codes=ours.codes >> 4 | ours.codes << 4)).any()
-    assert undecided < 20                           # of 8 * 768 blocks
+            rules = [rule for rule in ("mse", "mae", "abs_max")
+                     if torch.equal(by_fouroversix(x, rule, square)[1], q.scales.float())]
+            assert rules == ["mse"] and not torch.equal(q.codes >> 4 | q.codes << 4, codes)
+    assert n_undecided < 20                         # of 7 * 768 blocks
 
 
 def test_four_over_six_by_hand():
@@ -1391,24 +1311,14 @@ def test_four_over_six_by_hand():
     assert q.scales.float().flatten().tolist() == [10, 2, 0] and torch.equal(q.dequantize(), x)
 
 
-def chose_four(q, x, height):
-    largest = x.unflatten(1, (-1, 16)).unflatten(0, (-1, height)).abs().amax((1, 3))
-    return float((largest / (q.scales.float() * q.s_dec) < 5).double().mean())
-
-
-def test_four_over_six_mse():
-    """2601.22813 table 1, within 3 %, and how many blocks choose 4. In square blocks nothing is gained; the
-    usual format is none of them where there is something to gain."""
-    x = gaussian(512, 4096)
-
-    def error(*args, **options):
-        return float((quantize(x, *args, **options).dequantize() - x).square().mean())
-    for options, want, gains in (({}, 7.56e-3, True), ({"square": True}, 12.37e-3, False),
-                                 ({"stochastic": True, "seed": SEED}, 17.47e-3, True)):
-        assert abs(error("nvfp4_46", **options) / want - 1) < 0.03, options
-        assert (abs(error("nvfp4", **options) / want - 1) > 0.03) is gains, options
-    assert chose_four(quantize(x, "nvfp4_46"), x, 1) == pytest.approx(0.45, abs=0.01)
-    assert chose_four(quantize(x, "nvfp4_46", square=True), x, 16) == pytest.approx(0.03, abs=0.01)
+def test_how_many_blocks_choose_four():
+    """45 % of the row blocks of unit Gaussians, 3 % of square ones."""
+    x = gaussian(512, 2048)
+    for height, want in ((1, 0.45), (16, 0.03)):
+        q = quantize(x, "nvfp4_46", square=height == 16)
+        largest = x.unflatten(1, (-1, 16)).unflatten(0, (-1, height)).abs().amax((1, 3))
+        share = (largest / (q.scales.float() * q.s_dec) < 5).double().mean()
+        assert float(share) == pytest.approx(want, abs=0.01)
 
 
 def is_unbiased(draws, x, step):
@@ -1429,7 +1339,7 @@ def test_where_stochastic_rounding_is_biased(monkeypatch):
     for lands in (4, 6):
         scratch_format(monkeypatch, f"on {lands}", top=256.0, scales=(
             lambda blocks, s_enc, target, lands=lands: nvfp4.e4m3_scales(blocks, s_enc, target * lands / 6)))
-    x = gaussian(1024, seed=3)
+    x = gaussian(512, seed=3)
     rows, x_blocks = x.expand(4096, -1), x.view(-1, 16)
     step = (x_blocks.abs().amax(1) * 2 / 3.7).repeat_interleave(16)             # 4 * 16/17 at the least
 
@@ -1450,8 +1360,8 @@ def fresh_signs(step, size=128):
     return signs_of("fresh", size, keys=nvfp4.layer_keys(SEED, step, 0, 0))
 
 
-@pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
-@pytest.mark.parametrize("kind", ("gaussian", "cauchy", "outlier", "tiny"))
+@pytest.mark.parametrize("kind, dtype", some(
+    (("gaussian", FP32), ("cauchy", BF16)), product(("gaussian", "cauchy", "outlier", "tiny"), (FP32, BF16))))
 def test_eden_is_the_oracle_s(kind, dtype):
     """Rotated codes as float64 has them, but for ties that fp32 breaks otherwise (and, in bf16, for the
     rounding of the rotation); each scale one of E4M3's two neighbours of the corrected one, on average that
@@ -1521,18 +1431,6 @@ def test_eden_on_every_kind(kind):
     assert quantize(x, "ms_eden", amax=1.0).dequantize().isnan().sum() == 16 * (kind == "nan")
 
 
-def test_eden_mse():
-    """2601.22813 table 1, within 3 %, and less than half the error of unbiased stochastic rounding."""
-    x = gaussian(2048, 4096)
-    rotated = hadamard(x, fresh_signs(0))
-
-    def error(**options):
-        values = quantize(x, signs=fresh_signs(0), stochastic=True, seed=SEED, **options).dequantize()
-        return float((values - rotated).square().mean())
-    eden, usual = error(format="ms_eden"), error(format="nvfp4", unbiased=True)
-    assert abs(eden / 9.4e-3 - 1) < 0.03 and eden < usual / 2
-
-
 @pytest.mark.long
 def test_eden_is_unbiased(monkeypatch):
     """Over fresh rotations, turned back, each element's mean is x within 4 standard errors, as is their sum;
@@ -1572,10 +1470,8 @@ def test_vector_wise_scales():
     assert all(torch.equal(quantize(x[i:i + 1], "e2m1_vector").dequantize()[0], q.dequantize()[i])
                for i in range(48))
     x[5, 3] = float("inf")
-    broken = quantize(x, "e2m1_vector").dequantize()
-    assert broken[5].isnan().all() and torch.equal(broken[:5], q.dequantize()[:5])
-    with pytest.raises(ValueError, match="no square blocks"):
-        FP4Config(format="e2m1_vector")
+    hurt = quantize(x, "e2m1_vector").dequantize()
+    assert hurt[5].isnan().all() and torch.equal(hurt[:5], q.dequantize()[:5])
 
 
 @pytest.mark.parametrize("fixed", (None, 2.0))
@@ -1611,11 +1507,10 @@ def test_dge_slope():
         w = torch.cat([a, -a, torch.full((16,), 6.0)])[None]                    # gamma = 1
         for k, clip in ((5.0, 3.0), (3.0, 3.0), (5.0, 1.5)):
             slope = dge_slope(w, VECTOR, k, clip)[0]
-            want = torch.tensor(oracle.dge_derivative(w[0].numpy(), k, clip))
+            want, wrong = (torch.tensor(oracle.dge_derivative(w[0].numpy(), n, clip)) for n in (k, k + 0.1))
             assert ((slope.double() - want).abs() <= 1e-5 * want).all()
             assert float(slope[256]) == float(slope.max()) == clip
             assert float(slope[0]) == float(slope.min()) == float(slope[-1]) == pytest.approx(1 / k)
-            wrong = torch.tensor(oracle.dge_derivative(w[0].numpy(), k + 0.1, clip))
             assert not ((slope.double() - wrong).abs() <= 1e-5 * wrong).all()
         inside = np.linspace(low, high, 1001)[1:-1]
         steep = np.abs(inside - (low + high) / 2) > 0.02 * (high - low)         # where a difference will do
@@ -1627,11 +1522,6 @@ def test_dge_slope():
     scaled = (w * 6 / w.abs().amax(1, keepdim=True)).double().numpy()
     got, want = dge_slope(w, VECTOR, 5.0, 3.0).double(), torch.tensor(oracle.dge_derivative(scaled))
     assert float(((got - want).abs() > 1e-3 * want).double().mean()) < 1e-3     # but on the very edges
-    # PAPERS 2.2: a share of 3.4 % is clipped, and the mean is 0.593
-    a = torch.linspace(0, 2, 100001)[None] * 0.2499 + 1.5                       # of an interval of 0.5
-    slope = dge_slope(torch.cat([a, torch.full((1, 15), 6.0)], 1), VECTOR, 5.0, 3.0)[0, :100001]
-    assert float((slope == 3).double().mean()) == pytest.approx(0.034, abs=0.001)
-    assert float(slope.mean()) == pytest.approx(0.593, abs=0.002)
 
 
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=str)
@@ -1657,138 +1547,38 @@ def test_occ_splits_exactly(dtype):
 def test_occ_restores_the_outliers_product():
     """On heavy tails (Student's t, 4 degrees of freedom) fidelity is in the order of 2501.17116 table 1, no
     clamp < clamp < clamp + compensation, and more of it is better; but a clamp of more without compensation
-    loses. What compensation adds is the unquantized product of the outliers."""
-    x = gaussian(256, 2048) / gaussian(4, 256, 2048, seed=1).square().mean(0).sqrt()
-    layer = torch.nn.Linear(2048, 96, bias=False)
-    layer.weight.data.copy_(gaussian(96, 2048, seed=9))
-    exact = F.linear(x, layer.weight.data)
+    loses. That the layer compensates so is in its definition."""
+    x = gaussian(64, 2048) / gaussian(4, 64, 2048, seed=1).square().mean(0).sqrt()
 
-    def product(occ, compensates=True):
-        cfg = replace(RECIPES["fp4_dge_occ"], occ=occ if compensates else None)
-        clamped = x if compensates or occ is None else split_outliers(x, occ)[0]
-        return cfg.layer(layer, cfg).eval()(clamped).detach()
-
-    def activation(occ, compensates=True):
-        clamped, outliers = split_outliers(x, occ or 1.0)
-        return quantize(clamped, "e2m1_vector").dequantize() + compensates * outliers
-
-    def snr(values, of):
-        return float(20 * (of.norm() / (values - of).norm()).log10())
-    for of, quantized in ((exact, product), (x, activation)):
-        none, clamp, far = (snr(quantized(occ, compensates=False), of) for occ in (None, 0.999, 0.97))
-        both = [snr(quantized(quantile), of) for quantile in (0.999, 0.99, 0.97)]
-        assert far < none < clamp < both[0] < both[1] < both[2], (none, clamp, far, both)
-    added = product(0.99) - product(0.99, compensates=False)
-    outliers = split_outliers(x, 0.99)[1]
-    want = outliers.double() @ layer.weight.data.double().t()
-    bound = 1e-5 * (outliers.double().abs() @ layer.weight.data.double().abs().t() + exact.abs() + want.abs())
-    assert ((added - want).abs() <= bound).all() and not ((1.02 * added - want).abs() <= bound).all()
+    def snr(occ, compensates):
+        clamped, outliers = split_outliers(x, occ)
+        values = quantize(clamped, "e2m1_vector").dequantize() + compensates * outliers
+        return float(20 * (x.norm() / (values - x).norm()).log10())
+    none, clamp, far = (snr(occ, False) for occ in (1.0, 0.999, 0.97))
+    both = [snr(occ, True) for occ in (0.999, 0.99, 0.97)]
+    assert far < none < clamp < both[0] < both[1] < both[2], (none, clamp, far, both)
 
 
 # ---------------------------------------------------------------- a uniform grid: UFP4
 
-UNIFORM = np.arange(8.0)
-
-
-def test_all_sixteen_codes_of_the_uniform_grid():
-    """Each integer encodes and decodes; code * scale is exact in bf16, for sixteen codes times 127 scales."""
-    value, code = papers.e1m2(torch.arange(8.0))
-    assert value.tolist() == code.tolist() == papers.e1m2_value(code).tolist() == UNIFORM.tolist()
-    codes = torch.tensor([[c | c + 1 << 4 for c in range(0, 16, 2)]] * 127, dtype=torch.uint8)
-    scales = torch.arange(127, dtype=torch.uint8)[:, None].view(torch.float8_e4m3fn)
-    q = Quantized(codes, scales, torch.tensor(1.0), "ufp4")
-    exact = np.concatenate([UNIFORM, -UNIFORM])[None, :] * oracle.E4M3[:, None]
-    assert q.decode().dtype == BF16 and np.array_equal(q.decode().double().numpy(), exact)
-    assert not np.array_equal(broken(q)[0].decode().double().numpy(), exact)
-    assert not np.array_equal(q._replace(format="nvfp4").decode().double().numpy(), exact)
-
-
-def test_every_bf16_value_in_8_rounds_to_the_nearest_integer():
-    """With ties to the even one, which HiF4's go up from; and what is beyond 7 saturates."""
-    positive = torch.arange(0x4100 + 1, dtype=torch.int16).view(BF16).float()
-    want, tie = oracle.nearest(positive.numpy(), UNIFORM), (positive % 1 == 0.5) & (positive < 7)
-    for rounds, ties in ((papers.e1m2, [0, 2, 2, 4, 4, 6, 6]), (papers.hif4_round, [1, 2, 3, 4, 5, 6, 7])):
-        value, code = rounds(positive)
-        assert torch.equal(value, code) and np.array_equal(code[~tie].numpy(), want[~tie.numpy()])
-        assert code[tie].tolist() == ties
-    assert want[tie.numpy()].tolist() == [0, 2, 2, 4, 4, 6, 6]
-    assert not np.array_equal(e2m1(positive)[1].numpy(), want)                  # control
-    # through quantize: with amax = 7 and a 7 in every block, scale * s_dec is 1
-    x = torch.cat([-positive, positive])
-    x = F.pad(F.pad(x, (0, -len(x) % 15)).view(-1, 15), (0, 1), value=7.0)
-    want = oracle.nearest(x.abs().numpy(), UNIFORM) + 8 * np.signbit(x.numpy())
-    for y, right in ((x, True), (x.bfloat16(), True), (x * (1 + 2**-20), False)):      # no ties
-        assert np.array_equal(oracle.unpack(quantize(y, "ufp4", amax=7.0).codes.numpy()), want) is right
-
-
-@pytest.mark.parametrize("rounds", (papers.e1m2, papers.hif4_round))
-@pytest.mark.parametrize("low", range(7))
-def test_round_up_count_over_all_bytes_on_the_uniform_grid(low, rounds):
-    """A fraction f of the way to the next integer, a number goes up for floor(256 f) of the 256 bytes."""
-    for offset in (0.0, 0.5, 0.999):
-        a = (low + (torch.arange(256) + offset) / 256)[:, None]
-        value, code = rounds(a, torch.arange(256)[None, :])
-        assert torch.equal((code == low + 1).sum(1), torch.arange(256)) and torch.equal(value, code)
-        assert torch.equal((code == low).sum(1), 256 - torch.arange(256))
-        seven_bits = rounds(a, torch.arange(0, 256, 2)[None, :])[1]
-        assert not torch.equal(2 * (seven_bits == low + 1).sum(1), torch.arange(256))
-
-
-@pytest.mark.parametrize("name, mse", (("ufp4", 7.45e-3), ("hif4", 6.87e-3)))
-def test_mse_of_uniform_grids(name, mse):
-    """Unit Gaussians within 3 %; values 3 % too small are noticed, and so is another format."""
-    x = gaussian(2048, 4096)
-    values, others = (quantize(x, n).dequantize() for n in (name, "hif4" if name == "ufp4" else "ufp4"))
-    right, wrong, other = (float((v - x).square().mean()) for v in (values, 0.97 * values, others))
-    assert abs(right / mse - 1) < 0.03 < min(abs(wrong / mse - 1), abs(other / mse - 1))
-
-
 # ---------------------------------------------------------------- three levels of scales: HiF4
 
-@pytest.mark.parametrize("kind", (*KINDS, "large", "nan"))
-def test_hif4_is_the_oracle_s(kind):
-    """Values bit for bit, on bf16 numbers, packed and decoded, along rows and columns, and three levels of
-    scales that a word of 32 bits holds; blocks with NaN or Inf are NaN. 4.5 bits a value."""
+@pytest.mark.parametrize("kind", ("gaussian", "cauchy", "outlier, tiny"))
+def test_hif4_s_scales_are_the_oracle_s(kind):
+    """Three levels of scales in a word of 32 bits, 4.5 bits a value; test_values_are_the_oracle_s has the
+    values. A bit of any level is noticed."""
     for seed in range(8):
-        x = sample(kind if kind in KINDS else "gaussian", (48, 256), BF16, seed)
-        if kind == "large":                         # beyond 7 * 49152, the largest that there is
-            x = x * torch.logspace(-20, 7, 48)[:, None].bfloat16()
-        if kind == "nan":
-            x[5, 7], x[9, 70], x[9, 200] = float("nan"), float("inf"), -float("inf")
-        o = oracle.hif4(x.float().numpy())
-        want, scale = (torch.tensor(t.astype(np.float32)) for t in (o.values(), o.scales()))
-        packed, turned = quantize(x, "hif4"), quantize(x.t().contiguous().t(), "hif4")
-        for q in (packed, turned, quantize(x, "hif4", decode=BF16), quantize(x, "hif4", decode=FP32)):
-            assert same(q.dequantize(), want) and float(q.s_dec) == 1
-        assert packed.scales.dtype == torch.int32 and packed.scales.shape == (48, 4)
-        assert torch.equal(turned.scales, packed.scales)
-        assert same(packed.scale_of_lines().repeat_interleave(2, 2).flatten(1), scale)
+        x = sample(kind, (48, 256), BF16, seed)
+        o, q = oracle.hif4(x.float().numpy()), quantize(x, "hif4")
+        want = torch.tensor(o.values().astype(np.float32))
+        assert same(q.dequantize(), want) and q.scales.dtype == torch.int32
+        assert np.array_equal(q.scale_of_lines().repeat_interleave(2, 2).flatten(1).numpy(), o.scales())
         for first, n, exponents in ((0, 8, o.e2), (8, 16, o.e3)):
-            bits = packed.scales[..., None] >> first + torch.arange(n, dtype=torch.int32) & 1
-            assert np.array_equal(bits.flatten(1).numpy(), exponents), kind
-        assert 8 * (packed.codes.nbytes + packed.scales.nbytes) == 4.5 * x.numel()
-        assert int(packed.dequantize().isnan().sum()) == (3 * 64 if kind == "nan" else 0)
-        for wrong in (packed._replace(codes=packed.codes >> 4 | packed.codes << 4),                # controls
-                      packed._replace(scales=packed.scales.flip(1)),
-                      packed._replace(scales=packed.scales ^ 1 << 3),           # that of 8 values
-                      packed._replace(scales=packed.scales ^ 1 << 8 + 5),       # that of 4
-                      packed._replace(scales=packed.scales + (1 << 24))):       # that of 64
-            assert not same(wrong.dequantize(), want) or not want.any(), kind
-    assert FORMATS["hif4"].bits == 4.5
-
-
-def test_hif4_s_oracle_disagrees_with_anything_else(monkeypatch):
-    """Another input, rounding at random, ties to the even code, scales rounded up, an inverse that is not
-    rounded to bf16."""
-    x = torch.cat([sample(kind, (48, 256), BF16) for kind in ("ties", "gaussian")])
-    want = torch.tensor(oracle.hif4(x.float().numpy()).values().astype(np.float32))
-    assert same(quantize(x, "hif4").dequantize(), want)
-    assert not same(quantize(x.roll(1, 1), "hif4").dequantize(), want)
-    assert not same(quantize(x, "hif4", stochastic=True, seed=SEED).dequantize(), want)
-    for field, wrong in (("grid", FORMATS["ufp4"].grid), ("encode_scale", nvfp4.encode_scale), (
-            "scales", lambda *given: 1.25 * papers.hif4_scales(*given))):
-        monkeypatch.setitem(FORMATS, "almost", replace(FORMATS["hif4"], name="almost", **{field: wrong}))
-        assert not same(quantize(x, "almost").dequantize(), want), field
+            bits = q.scales[..., None] >> first + torch.arange(n, dtype=torch.int32) & 1
+            assert np.array_equal(bits.flatten(1).numpy(), exponents)
+        assert 8 * (q.codes.nbytes + q.scales.nbytes) == 4.5 * x.numel() == FORMATS["hif4"].bits * x.numel()
+        for bit in (3, 8 + 5, 24):                  # of the scale of 8 values, of 4, of 64
+            assert not same(q._replace(scales=q.scales ^ 1 << bit).dequantize(), want)
 
 
 def test_hif4_s_word():
@@ -1803,14 +1593,10 @@ def test_hif4_s_word():
     for value in (0, 3, 4, 7, 8, 31, 63):
         exponents = (bits >> value // 8 & 1) + (bits >> 8 + value // 4 & 1)
         assert torch.equal(scale[..., value].double(), first.double() * 2.0 ** exponents / 4), value
-        turned = (bits >> 23 - value // 8 & 1) + (bits >> 15 - value // 4 & 1)  # control
-        assert not torch.equal(scale[..., value].double(), first.double() * 2.0 ** turned / 4)
     again = papers.hif4_word(scale)
     assert torch.equal(papers.hif4_unpack(again), papers.hif4_unpack(word))
     assert 0 < float((again == word).double().mean()) < 1
     assert papers.hif4_unpack(torch.tensor([[-1 << 24 | 5]], dtype=torch.int32)).isnan().all()
-    nan = torch.full((1, 1, 64), float("nan"))
-    assert papers.hif4_unpack(papers.hif4_word(nan)).isnan().all()
     # the smallest byte stands for what is not doubled too: 2^-48 is the least that there is
     low = torch.tensor([1.0, 2.0]).repeat_interleave(32)[None, None] * 2.0**-50
     assert torch.equal(papers.hif4_unpack(papers.hif4_word(low)), low[..., ::2])
@@ -1818,34 +1604,29 @@ def test_hif4_s_word():
 
 # ---------------------------------------------------------------- the compiled code is the definition
 
-OTHERS = ("mxfp4", "nvfp4_46", "ms_eden")           # as stand below; each takes seconds to compile
-FIXED_32 = torch.tensor(ROTATIONS["fixed, 32"], dtype=FP32)
 FIXED, KEY = torch.tensor(SIGNS, dtype=FP32), torch.tensor(nvfp4.stream_key(SEED, 1, 2, 3, 4))
-
-
-@pytest.mark.parametrize("dtype, turned, options, other", (
-    (FP32, False, {}, {"square": True}), (FP32, False, {"square": True, "decode": BF16}, {"square": False}),
-    (BF16, False, {"square": True, "stochastic": True, "seed": KEY}, {"seed": KEY + 1}),
-    (BF16, False, {"stochastic": True, "seed": KEY, "unbiased": True, "decode": BF16}, {"unbiased": False}),
-    (BF16, True, {"stochastic": True, "seed": KEY, "signs": FIXED, "decode": FP32}, {"seed": KEY + 1}),
-    *(pytest.param(*case, marks=pytest.mark.long) for case in (
-        (FP32, True, {"signs": FIXED}, {"signs": FIXED.flip(0)}),
-        (BF16, False, {"format": "mxfp4", "stochastic": True, "seed": KEY, "signs": FIXED_32},
-         {"seed": KEY + 1}),
-        (BF16, False, {"format": "nvfp4_46"}, {"format": "nvfp4"}),
-        (BF16, True, {"format": "ms_eden", "stochastic": True, "seed": KEY, "signs": FIXED, "decode": FP32},
-         {"seed": KEY + 1}),
-        *((BF16, False, {"format": name, "stochastic": True, "seed": KEY}, {"seed": KEY + 1})
-          for name in FORMATS if name not in ("nvfp4", *OTHERS))))),
-    ids=("codes", "weight", "codes, 16x16, stochastic", "dgrad.dy", "wgrad.dy, rotated", "wgrad.x, rotated",
-         *OTHERS, *(name for name in FORMATS if name not in ("nvfp4", *OTHERS))))
-def test_compiled_is_eager(dtype, turned, options, other, monkeypatch):
-    """Bit for bit on every kind of input; turned: x^T as it lies in memory is a contiguous x^T. Few cases:
-    they take half a minute to compile."""
+BY_CHANCE, ANOTHER = {"stochastic": True, "seed": KEY}, {"seed": KEY + 1}
+COMPILED = {                                        # dtype, whether turned, options, others: a control
+    "codes": (FP32, False, {}, {"square": True}),
+    "wgrad.dy, rotated": (BF16, True, BY_CHANCE | {"signs": FIXED, "decode": FP32}, ANOTHER),
+    "weight": (FP32, False, {"square": True, "decode": BF16}, {"square": False}),
+    "codes, 16x16": (BF16, False, BY_CHANCE | {"square": True}, ANOTHER),
+    "dgrad.dy": (BF16, False, BY_CHANCE | {"unbiased": True, "decode": BF16}, {"unbiased": False}),
+    "wgrad.x, rotated": (FP32, True, {"signs": FIXED}, {"signs": FIXED.flip(0)}),
+    "rotated by 32": (BF16, False, BY_CHANCE | {"format": "mxfp4", "signs": signs_of("fixed", 32)}, ANOTHER),
+    "4/6, nearest": (BF16, False, {"format": "nvfp4_46"}, {"format": "nvfp4"}),
+    "ms_eden, turned": (BF16, True, BY_CHANCE | {"format": "ms_eden", "decode": FP32}, ANOTHER),
+    **{name: (BF16, False, BY_CHANCE | {"format": name}, ANOTHER) for name in FORMATS if name != "nvfp4"}}
+@pytest.mark.parametrize("case", [case if case == "codes" else pytest.param(case, marks=pytest.mark.long)
+                                  for case in COMPILED])
+def test_compiled_is_eager(case, monkeypatch):
+    """Bit for bit on every kind of input; turned: x^T as it lies in memory is a contiguous x^T. Each case
+    takes a quarter of a minute to compile."""
     if not CAN_COMPILE("cpu"):
         assert not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))), "a compiler, yet nothing compiles"
         pytest.skip("no C++ compiler here: nothing is fused, the eager definition runs")
     torch.set_num_threads(THREADS)
+    dtype, turned, options, other = COMPILED[case]
     width = FORMATS[options.get("format", "nvfp4")].block
 
     def results(x, options, compiled):
@@ -1857,22 +1638,22 @@ def test_compiled_is_eager(dtype, turned, options, other, monkeypatch):
         if kind == "nan":
             x[7, 21], x[30, 60] = float("nan"), float("inf")
         want, got = (results(x, options | {"amax": amax}, compiled) for compiled in (False, True))
-        assert all(same(g, w) for g, w in zip(got, want, strict=True)), (shape, kind, amax)
+        assert all(map(same, got, want)), (shape, kind, amax)
     x = gaussian(48, 5 * width).to(dtype)
-    assert not same(results(x, options, True)[0], results(x, options | other, False)[0])
+    assert not all(map(same, results(x, options, True), results(x, options | other, False)))
+
+
+def as_if_never_asked(monkeypatch, compile):
+    """compile in place of torch.compile, and none of its answers known."""
+    monkeypatch.setattr(torch, "compile", compile)
+    for name, original in (("can_compile", CAN_COMPILE), ("compiled", nvfp4.compiled)):
+        monkeypatch.setattr(nvfp4, name, cache(original.__wrapped__))
 
 
 def test_a_compiler_switched_off_compiles_nothing(monkeypatch):
     """use_compiler(False): the bits of a layer and of quantize() without a call of torch.compile."""
     calls, (x, dy) = [], batch(37)
-
-    def compile(f, **options):
-        calls.append(f)
-        return f
-    monkeypatch.setattr(torch, "compile", compile)
-    for name in ("can_compile", "compiled"):        # as if none had been asked before
-        original = CAN_COMPILE if name == "can_compile" else nvfp4.compiled
-        monkeypatch.setattr(nvfp4, name, original.__wrapped__)
+    as_if_never_asked(monkeypatch, lambda f, **options: calls.append(f) or f)
 
     def bits():
         q = quantize(x[:32], stochastic=True, seed=SEED, signs=FIXED)
@@ -1883,7 +1664,7 @@ def test_a_compiler_switched_off_compiles_nothing(monkeypatch):
     finally:
         nvfp4.use_compiler(True)
     assert n_calls == 0 and "switched off" in said
-    assert all(map(same, bits(), off)) and len(calls) > 5                       # control
+    assert all(map(same, bits(), off)) and len(calls) > 3                       # control
 
 
 def test_a_compiler_that_cannot_cast_to_e4m3_is_not_used(monkeypatch, capsys):
@@ -1901,12 +1682,8 @@ def test_a_compiler_that_cannot_cast_to_e4m3_is_not_used(monkeypatch, capsys):
                 return f(*args)
         return run
     want = quantize(gaussian(32, 64))
-    monkeypatch.setattr(torch, "compile", compile)
-    for name in ("can_compile", "compiled"):        # as if none had been asked before
-        original = CAN_COMPILE if name == "can_compile" else nvfp4.compiled
-        monkeypatch.setattr(nvfp4, name, cache(original.__wrapped__))
-    got = [quantize(gaussian(32, 64)) for _ in range(2)]
-    assert all(alike(q, want) for q in got)
+    as_if_never_asked(monkeypatch, compile)
+    assert all(alike(quantize(gaussian(32, 64)), want) for _ in range(2))
     assert capsys.readouterr().err.count("torch.compile does not work here") == 1
     assert "not fused" in nvfp4.capability("cpu")
     monkeypatch.setattr(nvfp4, "has_kernels", lambda device: True)

@@ -1,227 +1,183 @@
-"""Proofs for ranks.py: a model in parts computes what one process computes, its checkpoints are read by any
-number of ranks, and a failure of one rank ends all of them with its name.
+"""Proofs for ranks.py: ranks compute what one process computes, any number of ranks reads their checkpoints,
+and a failure of one rank ends all of them with its name.
 
-Real processes, started by torchrun, which talk over the loopback interface. Each start costs seconds, so one
-start makes several runs.
+Ranks are forked processes that talk over the loopback interface, in the environment that torchrun gives them;
+a long test starts torchrun itself. The runs are those of runs.py.
 """
-import contextlib
-import json
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import distribute_tensor
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 import nvfp4  # noqa: E402
 import train  # noqa: E402
-from data.run import UserError  # noqa: E402
-from model import describe, load_checkpoint, load_model, newest_checkpoint, outline  # noqa: E402
-from ranks import part_of  # noqa: E402
+from data.run import UserError, load_checkpoint, newest_checkpoint  # noqa: E402
+from model import load_model, outline  # noqa: E402
+from runs import RUNS, contents, differences, each_step, metrics, one_line, ranks, wait_for  # noqa: E402
 from train import load_config  # noqa: E402
 
-# Two numbers have one sum, and halves are exact; what else adds up in another order where weights are in
-# parts, the norm for clipping and nGPT's norms of columns, is not there in these.
-SHORT = {"n_layer": 2, "batch_size": 2, "max_steps": 6, "eval_interval": 3, "gradient_accumulation_steps": 2}
-EXACT = SHORT | {"arch": "gpt", "grad_clip": 0}
-RUNS = {
-    "all random": EXACT | {"recipe": "nvfp4", "fp4_tail": 0, "fp4_hadamard_signs": "fresh",
-                           "fp4_stochastic": ",".join(nvfp4.OPERANDS), "weight_decay": 0.1, "eval_iters": 3},
-    "hybrid": EXACT | {"pattern": "ME*", "n_ffn": 48, "mamba_n_head": 16, "mamba_head_dim": 4,
-                       "mamba_n_group": 2, "mamba_n_state": 16, "mamba_chunk": 8, "moe_n_expert": 4},
-    "bf16": EXACT | {"recipe": "bf16"},
-    "dge, occ": EXACT | {"recipe": "fp4_dge_occ"},
-}
-DRIVER = f"""
-import atexit, json, os, signal, sys
-sys.path.insert(0, {str(REPO)!r})
-import torch, nvfp4, train
-from data.run import Stop, command
-torch.set_num_threads(1)
-nvfp4.can_compile = lambda kind: False
-leave, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda: None
-atexit.register(lambda: torch.distributed.is_initialized() and leave())     # runs talk through one group
-for argv, stopped in json.loads(sys.argv[1]):
-    stop = Stop()
-    stop.why = "the test" if stopped else ""
-    command("train.py")(train.train)(train.load_config(argv), stop)
-"""
-
-
 pytestmark = pytest.mark.usefixtures("eager")
+KINDS = [kind for kind in RUNS if kind != "plain"]  # of two micro-batches, or ranks
+ALL_RANDOM = RUNS["gpt, all random"]
 
 
-def torchrun(n, folder, *runs, status=0, first=""):
-    """Start n ranks, which make all these runs, (argv, whether it is stopped at once). Returns stderr."""
-    (folder / "driver.py").write_text(DRIVER.replace("for argv", f"{first}for argv"))
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-         folder / "driver.py", json.dumps(runs)], text=True, capture_output=True, timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert process.returncode == status, process.stderr
-    return process.stderr
+def ends_of(n, argv, before=lambda: None):
+    """[(exit status, what was said)] of n ranks that train."""
+    return [process.end() for process in ranks(n, lambda: train.main(argv), before)]
 
 
-def state(folder):
-    """{name: tensor} of the newest checkpoint, moments too, and its log but for times and norms."""
-    path = newest_checkpoint(folder)
-    saved = load_checkpoint(path)
-    c = train.unflatten(saved["config"])
-    model = outline(c.model).to_empty(device="cpu")
-    optimizer = train.make_optimizer(model, c)
-    train.restore(saved, path, model, optimizer, outline(c.model), train.Ranks())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    log = [{key: value for key, value in row.items() if key not in ("ms", "grad_norm")} for row in rows]
-    return train.tensors_of(model, optimizer, saved["step"] > 0), log
+def together(n, argv):
+    """n ranks train, and no one complains."""
+    assert ends_of(n, argv) == [(0, "")] * n
 
 
-def differences(a, b):
-    (tensors, log), (others, other_log) = state(a), state(b)
-    assert tensors.keys() == others.keys()
-    return {name for name, t in tensors.items() if not torch.equal(t, others[name])} | (
-        {"log"} if log != other_log else set())
+# ---------------------------------------------------------------- the same bits
+
+QUICK = [("ngpt", "ddp"), ("ngpt", "zero2"), ("ngpt", "fsdp"), ("hybrid", "fsdp")]     # gpt: it changes hands
 
 
-def test_a_model_in_parts_computes_what_one_process_does(tiny, tmp_path):
-    """error   0, see EXACT: weights, moments, losses, evaluations. With nGPT's columns and clipping the
-            first loss is alike, later ones within 1e-4: 2^-24 in a sum, enlarged by six steps"""
-    runs = []
-    for kind, settings in RUNS.items():
-        train.main(tiny(tmp_path / kind, **settings))
-        runs += [(tiny(tmp_path / f"{kind} {way}", **settings, parallel=way), False)
-                 for way in ("zero2", "fsdp")]
-    ngpt = SHORT | {"recipe": "bf16", "dtype": "float32"}
-    train.main(tiny(tmp_path / "ngpt", **ngpt))
-    runs += [(tiny(tmp_path / "ngpt fsdp", **ngpt, parallel="fsdp"), False)]
-    torchrun(2, tmp_path, *runs)
-    for kind in RUNS:
-        for way in ("zero2", "fsdp"):
-            assert differences(tmp_path / kind, tmp_path / f"{kind} {way}") == set(), (kind, way)
-    one, shards = state(tmp_path / "ngpt")[1], state(tmp_path / "ngpt fsdp")[1]
-    assert one[1]["loss"] == shards[1]["loss"]
-    for a, b in zip(one, shards, strict=True):
-        assert all(abs(b[key] / a[key] - 1) < 1e-4 for key in ("loss", "val_loss") if key in a)
-    assert "log" in differences(tmp_path / "bf16", tmp_path / "all random")         # control
+@pytest.mark.parametrize("kind, way", [
+    *QUICK, *(pytest.param(kind, way, marks=pytest.mark.long) for kind in KINDS
+              for way in ("ddp", "zero2", "fsdp") if (kind, way) not in QUICK)])
+def test_two_ranks_equal_two_micro_batches(tiny, whole, tmp_path, kind, way):
+    """One process computes a/2 + b/2, two ranks (a + b)/2: of the loss, of every gradient.
 
-
-@pytest.mark.long
-def test_four_ranks_have_the_losses_of_one_process(tiny, tmp_path):
-    """In whole models and in parts; in BF16, with everything random, and by nGPT's own recipe.
-
-    error   1e-4, six steps: four gradients add up in another order, which costs 2^-24 of a sum and, where an
-            activation rounds the other way, 2^-8 of one number in bf16, or a step of E2M1. Seen: 6e-5
+    error   0, of weights, moments and metrics. Halving is exact in floating point, NVFP4's scales follow it
+            exactly, and the sum of two numbers has one order. Norms are added up in fp64, which ends in the
+            same fp32 whatever the order. So all kinds of random choices agree, and the load of experts, too,
+            which is counted over all ranks.
     """
-    kinds = {"ngpt": SHORT | {"recipe": "ngpt"}, **{kind: RUNS[kind] for kind in ("bf16", "all random")}}
-    kinds = {kind: settings | {"gradient_accumulation_steps": 4} for kind, settings in kinds.items()}
-    runs = []
-    for kind, settings in kinds.items():
-        train.main(tiny(tmp_path / kind, **settings))
-        runs += [(tiny(tmp_path / f"{kind} {way}", **settings, parallel=way), False)
-                 for way in ("ddp", "fsdp")]
-    torchrun(4, tmp_path, *runs)
-    train.main(tiny(tmp_path / "ngpt half", **kinds["ngpt"] | {"gradient_accumulation_steps": 2}))
+    together(2, tiny(tmp_path, **RUNS[kind], parallel=way))
+    assert newest_checkpoint(tmp_path).is_dir() == (way != "ddp")
+    assert differences(tmp_path, whole(kind)) == set()
 
-    def distance(a, b):
-        rows = zip(state(tmp_path / a)[1], state(tmp_path / b)[1], strict=True)
-        return max(abs(y[key] / x[key] - 1) for x, y in rows for key in x if "loss" in key)
-    for kind in kinds:
-        assert all(distance(kind, f"{kind} {way}") < 1e-4 for way in ("ddp", "fsdp")), kind
-    assert distance("ngpt", "ngpt half") > 1e-3     # control
+
+@pytest.mark.parametrize("wrong", [lambda real: lambda model, seed, step, micro=0: real(model, seed, step),
+                                   lambda real: lambda model, seed, *where: real(model, seed + 1, *where)],
+                         ids=["ranks with the same noise", "another seed"])
+def test_control_wrong_noise_of_ranks_is_noticed(tiny, whole, tmp_path, monkeypatch, wrong):
+    right = whole("ngpt")                           # made before anything is wrong
+    monkeypatch.setattr(nvfp4, "set_step", wrong(nvfp4.set_step))
+    train.main(tiny(tmp_path, **RUNS["ngpt"]))      # one process: it draws what such ranks would draw
+    found = differences(tmp_path, right)
+    assert {name.split("/")[0] for name in found} == {"model", "optimizer", "metrics"}
+    assert {"metrics/0/grad_norm", "metrics/1/loss", "metrics/7/loss"} <= found
+
+
+@pytest.mark.parametrize("n, way", [(2, "ddp"), pytest.param(4, "fsdp", marks=pytest.mark.long)])
+def test_four_micro_batches_on_ranks_are_equal_to_summation_order(tiny, tmp_path, monkeypatch, n, way):
+    """((a + b) + c) + d in one process, (a + c) + (b + d) on two ranks; at learning rate 0, where a
+    difference cannot grow.
+
+    error   u = 2^-24. A sum of four positive terms errs by 3u in any order, the divisions by 4 not at all:
+            6u between two losses. Sums of gradients err by 3u (|a| + |b| + |c| + |d|) an element, of norm
+            4 |g| at most unless the four cancel: 24u between two norms; and 16u for computing the norms.
+    """
+    four = {"gradient_accumulation_steps": 4, "learning_rate": 0, "max_steps": 2}
+    train.main(tiny(tmp_path / "one", **four))
+    together(n, tiny(tmp_path / "ranks", **four, parallel=way))
+    noise, starts = nvfp4.set_step, train.train_starts
+    monkeypatch.setattr(nvfp4, "set_step", lambda *where: noise(*where[:3], *(m // 2 for m in where[3:])))
+    monkeypatch.setattr(train, "train_starts", lambda *where: starts(*where)[[0, 1, 2, 2]])
+    train.main(tiny(tmp_path / "wrong", **four))    # control: noise shared by two, data read twice
+    one, several, wrong = (metrics(tmp_path / name, "loss") for name in ("one", "ranks", "wrong"))
+    for key, bound in (("loss", 6 * 2**-24), ("grad_norm", 40 * 2**-24)):
+        assert all(abs(b[key] / a[key] - 1) <= bound for a, b in zip(one, several, strict=True)), key
+        assert all(abs(b[key] / a[key] - 1) > bound for a, b in zip(one, wrong, strict=True)), "control"
+
+
+def test_activation_checkpointing_changes_no_bit(tiny, whole, tmp_path):
+    """Of weights, moments, losses and of the experts' load, which is counted once."""
+    documents = RUNS["hybrid"] | {"document_start": 32, "max_steps": 3}         # a blank
+    train.main(tiny(tmp_path / "documents", **documents))
+    assert "metrics/1/loss" in differences(tmp_path / "documents", whole("hybrid"))     # control
+    for name, settings, folder in (("documents again", documents, tmp_path / "documents"),
+                                   ("random again", ALL_RANDOM, whole("gpt, all random"))):
+        train.main(tiny(tmp_path / name, **settings, activation_checkpointing=True))
+        assert differences(tmp_path / name, folder) == set()
+
+
+@pytest.mark.parametrize("config, world", [
+    ("ngpt_1b", 8), pytest.param("ngpt_hybrid_30b", 64, marks=pytest.mark.long)])
+def test_parts_of_models_that_fit_no_rank(config, world):
+    """On the meta device, among ranks that are not there: every parameter is in parts of its first axis, the
+    last ones smaller or empty."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    c = load_config([f"configs/{config}.py"])
+    whole = {name: p.shape for name, p in outline(c.model).named_parameters()}
+    for rank in (0, world - 1):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        here = train.Ranks("fsdp")
+        here.device = torch.device("meta")
+        model = here.split(nvfp4.convert(outline(c.model), c.fp4, report=lambda line: None))
+        torch.distributed.destroy_process_group()
+        assert {name: p.shape for name, p in model.named_parameters()} == whole
+        for p in model.parameters():
+            part = -(-p.shape[0] // world)
+            mine = min(max(p.shape[0] - rank * part, 0), part)
+            assert p.to_local().shape == (mine, *p.shape[1:])
+
+
+# ---------------------------------------------------------------- checkpoints
+
+@pytest.mark.parametrize("launcher", [[], pytest.param(
+    ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], marks=pytest.mark.long)], ids=str)
+def test_new_processes_go_on_with_a_run(tiny, whole, tmp_path, launcher):
+    """The command itself, by torchrun too; of its ranks the first alone speaks."""
+    train.main(tiny(tmp_path, **ALL_RANDOM, stop_at=5))
+    done = subprocess.run(
+        [sys.executable, *launcher, REPO / "train.py", *tiny(tmp_path, **ALL_RANDOM, resume=True)], text=True,
+        capture_output=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and (launcher or not done.stderr), done.stderr
+    assert done.stdout.count("converted ") == done.stdout.count("saved in ") == 1
+    assert differences(tmp_path, whole("gpt, all random")) == set()
+
+
+def test_a_run_that_changes_hands_ends_as_if_it_had_not(tiny, whole, tmp_path):
+    """From parts to a file, from a file to parts, and from parts to one process."""
+    for n, way, until in ((2, "fsdp", 2), (2, "ddp", 3), (2, "zero2", 5), (1, "ddp", 8)):
+        argv = tiny(tmp_path, **ALL_RANDOM, parallel=way, stop_at=until, resume=until > 2)
+        together(n, argv)
+        assert len([*tmp_path.glob("ckpt*")]) == 1
+        assert newest_checkpoint(tmp_path).is_dir() == (way != "ddp")
+    assert differences(tmp_path, whole("gpt, all random")) == set()
 
 
 @pytest.mark.long
 def test_a_checkpoint_goes_from_any_number_of_ranks_to_any_other(tiny, tmp_path):
-    """Four ranks train; then others load and save what they did, without a step: every bit is passed on, from
-    parts to parts and to files and back. A run that changes hands in its midst ends as if it had not."""
-    out, settings = tmp_path / "run", RUNS["hybrid"] | {"gradient_accumulation_steps": 12}
-    torchrun(4, tmp_path, (tiny(out, **settings, parallel="fsdp", stop_at=2), False))
-    first, _ = state(out)
-    files = {path.name for path in newest_checkpoint(out).iterdir()}
-    assert len(files) == 6 and newest_checkpoint(out).name == "ckpt-000000002"
+    """Four ranks train; then others load and save what they did, without a step: every bit is passed on."""
+    settings = RUNS["hybrid"] | {"gradient_accumulation_steps": 12}
+    together(4, tiny(tmp_path, **settings, parallel="fsdp", stop_at=2))
+    first, path = contents(tmp_path), newest_checkpoint(tmp_path)
+    assert len([*path.iterdir()]) == 6 and path.name == "ckpt-000000002"
+    def stop_at_once():                             # before the first step; that is saved all the same
+        train.Stop.why = "the test"
     for n, way in ((2, "ddp"), (3, "zero2"), (1, "ddp"), (2, "fsdp")):
-        argv = tiny(out, **settings, parallel=way, resume=True)
-        if n == 1:
-            model, _, _ = load_model(out)
-            assert all(torch.equal(t, first[f"model/{name}"]) for name, t in model.state_dict().items())
-            stop = train.Stop()
-            stop.why = "the test"
-            train.train(load_config(argv), stop)
-        else:
-            torchrun(n, tmp_path, (argv, True))
-        again, _ = state(out)
-        assert newest_checkpoint(out).is_dir() == (way != "ddp") and len(list(out.glob("ckpt*"))) == 1
-        assert again.keys() == first.keys() and all(torch.equal(t, first[name]) for name, t in again.items())
-
-
-@pytest.mark.long
-def test_a_run_that_changes_hands_ends_as_if_it_had_not(tiny, tmp_path):
-    settings, out = RUNS["all random"], tmp_path / "run"
-    train.main(tiny(tmp_path / "whole", **settings))
-    torchrun(2, tmp_path, (tiny(out, **settings, parallel="fsdp", stop_at=2), False),
-             (tiny(out, **settings, parallel="ddp", stop_at=3, resume=True), False))
-    train.main(tiny(out, **settings, stop_at=4, resume=True))
-    torchrun(2, tmp_path, (tiny(out, **settings, parallel="zero2", resume=True), False))
-    assert differences(tmp_path / "whole", out) == set()
-
-
-@pytest.mark.parametrize("damage, said", [
-    (lambda path: flip(path / "__0_0.distcp"), "__0_0.distcp is damaged on disk"),
-    (lambda path: flip(path / ".metadata"), ".metadata is damaged on disk"),
-    (lambda path: (path / "__1_0.distcp").unlink(), "__1_0.distcp: No such file"),
-    (lambda path: (path / "about.json").write_text("{}"), "its step is missing"),
-])
-def test_a_damaged_checkpoint_in_parts_is_refused(tiny, in_parts, tmp_path, damage, said):
-    out = shutil.copytree(in_parts, tmp_path / "run")
-    load_model(out)                                 # control
-    damage(newest_checkpoint(out))
-    for reader in (lambda: load_model(out), lambda: train.train(
-            load_config(tiny(out, **RUNS["bf16"], resume=True)))):
-        with pytest.raises(UserError, match=re.escape(said)):
-            reader()
-
-
-@pytest.mark.parametrize("config, world", [("ngpt_1b", 8), ("ngpt_hybrid_30b", 64)])
-def test_parts_of_models_that_fit_no_rank(config, world):
-    """On the meta device, among ranks that are not there: every parameter is in parts, as large as `model.py
-    --ranks` says, the last ones smaller or empty; and it knows which of nGPT's norms add up over ranks."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    c = load_config([f"configs/{config}.py"])
-    said = {line.split()[0]: line for line in describe(c.model, world).splitlines() if "blocks." in line}
-    for rank in (0, 1, world // 2, world - 1):
-        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-        ranks = train.Ranks("fsdp")
-        ranks.device = torch.device("meta")
-        model = ranks.split(nvfp4.convert(outline(c.model), c.fp4, report=lambda line: None))
-        for p in model.parameters():
-            rows, part = p.shape[0], part_of(p.shape, world)
-            mine = min(max(rows - rank * part[0], 0), part[0])                  # whole parts first
-            assert p.to_local().shape == (mine, *p.shape[1:])
-        assert [(name, p.shape) for name, p in model.named_parameters()] == [
-            (name, p.shape) for name, p in outline(c.model).named_parameters()]
-        for name, mixer in ((f"blocks.{i}.mixer", block.mixer) for i, block in enumerate(model.blocks)):
-            names = {id(p): f"{name}.{n}".removesuffix(".weight") for n, p in mixer.named_parameters()}
-            for weight, axis in mixer.stream_weights():
-                adds_up = weight.norm(dim=axis, keepdim=True).placements[0].is_partial()
-                assert said[names[id(weight)]].endswith("over all ranks" if adds_up else "its own")
-        torch.distributed.destroy_process_group()
-    assert sum("over all ranks" in line for line in said.values()) > 10
+        argv = tiny(tmp_path, **settings, parallel=way, resume=True)
+        assert ends_of(n, argv, stop_at_once) == [(train.STOPPED, "")] * n
+        assert newest_checkpoint(tmp_path).is_dir() == (way != "ddp") and len([*tmp_path.glob("ckpt*")]) == 1
+        again = contents(tmp_path)                  # but for the evaluation of step 2: it is to be made anew
+        assert all(again[name] == first[name] for name in first if not name.startswith("metrics/2 val"))
 
 
 @pytest.fixture(scope="module")
 def in_parts(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
-    torchrun(2, folder, (tiny(folder / "run", **RUNS["bf16"], parallel="fsdp", stop_at=2), False))
-    return folder / "run"
+    out = tmp_path_factory.mktemp("parts") / "run"
+    together(2, tiny(out, **RUNS["ngpt"], parallel="fsdp", stop_at=2))
+    return out
 
 
 def flip(path):
@@ -230,14 +186,29 @@ def flip(path):
     path.write_bytes(data)
 
 
-@pytest.mark.long
-def test_ranks_that_cannot_read_end_with_one_line(tiny, in_parts, tmp_path):
-    """The file is looked at by one rank alone; the other ends without a word."""
+@pytest.mark.parametrize("damage, said", [
+    (lambda path: flip(path / "__0_0.distcp"), "__0_0.distcp is damaged on disk"),
+    (lambda path: flip(path / ".metadata"), ".metadata is damaged on disk"),
+    (lambda path: (path / "__1_0.distcp").unlink(), "__1_0.distcp: No such file"),
+    (lambda path: (path / "about.json").write_text("{}"), "not a checkpoint of this code")])
+def test_a_damaged_checkpoint_in_parts_is_refused(tiny, in_parts, tmp_path, damage, said):
+    """By one process and by ranks: the file is looked at by one of them alone, and the others end without a
+    word."""
     out = shutil.copytree(in_parts, tmp_path / "run")
-    (newest_checkpoint(out) / "__1_0.distcp").unlink()
-    argv = tiny(out, **RUNS["bf16"], parallel="fsdp", resume=True)
-    said = torchrun(2, tmp_path, (argv, False), status=1)
-    assert said.count("__1_0.distcp: No such file") == 1 and '/ranks.py", line' not in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")              # a command would print it
+        model, _, _ = load_model(out)               # control: those weights
+    found = contents(out)
+    assert all(found[f"model/{name}"] == t.numpy().tobytes() for name, t in model.state_dict().items())
+    damage(newest_checkpoint(out))
+    argv = tiny(out, **RUNS["ngpt"], parallel="fsdp", resume=True)
+    for reader in (lambda: load_model(out), lambda: train.train(load_config(argv))):
+        with pytest.raises(UserError, match=re.escape(said)):
+            reader()
+    ends = ends_of(2, argv)
+    assert [status for status, _ in ends] == [1, 1]
+    assert all(not line or one_line(line) and said in line for _, line in ends)
+    assert any(line for _, line in ends)
 
 
 def test_what_is_not_whole_is_no_checkpoint(in_parts, tmp_path):
@@ -245,93 +216,151 @@ def test_what_is_not_whole_is_no_checkpoint(in_parts, tmp_path):
     newer = shutil.copytree(newest_checkpoint(out), out / "ckpt-000000004")
     (newer / "about.json").unlink()                 # killed while it was written
     assert newest_checkpoint(out).name == "ckpt-000000002"
+    shutil.copy(newest_checkpoint(out) / "about.json", newer)   # control
+    assert newest_checkpoint(out).name == "ckpt-000000004"
 
 
-def test_activation_checkpointing_changes_no_bit(tiny, tmp_path):
-    """Of weights, moments, losses and of the experts' load, which is counted once."""
-    kinds = {"hybrid": RUNS["hybrid"], "random": RUNS["all random"],
-             "documents": RUNS["hybrid"] | {"document_start": 32}}              # a blank
-    for kind, settings in kinds.items():
-        for name, again in ((kind, {}), (f"{kind} again", {"activation_checkpointing": True})):
-            train.main(tiny(tmp_path / name, **settings, **again))
-        assert differences(tmp_path / kind, tmp_path / f"{kind} again") == set()
-    assert "log" in differences(tmp_path / "hybrid", tmp_path / "documents")    # control
+# ---------------------------------------------------------------- an optimizer of a fork
+
+class Muon(torch.optim.Optimizer):
+    """As a fork would write it: momentum and, for matrices, the nearest orthogonal matrix to that by
+    Newton-Schulz (Keller Jordan's Muon). Ranks gather a whole matrix for it."""
+
+    def __init__(self, params, lr, momentum=0.9):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffer.mul_(group["momentum"]).add_(p.grad)
+                parts = hasattr(buffer, "full_tensor")
+                update = buffer.full_tensor() if parts else buffer
+                if p.dim() == 2:
+                    update = self.orthogonal(update)
+                if parts:
+                    update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+                p.add_(update, alpha=-group["lr"])
+
+    @staticmethod
+    def orthogonal(matrix):
+        x = matrix / (matrix.norm() + 1e-7)
+        for _ in range(5):
+            product = x @ x.T
+            x = 3.4445 * x + (-4.7750 * product + 2.0315 * product @ product) @ x
+        return x
 
 
-@pytest.mark.long
+def use_muon():
+    train.make_optimizer = lambda model, c: Muon(model.parameters(), c.learning_rate)
+
+
+def test_an_optimizer_of_a_fork_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch):
+    """train.make_optimizer() is all that it replaces. In a file and in parts, by one process and by ranks."""
+    settings = RUNS["ngpt"] | {"learning_rate": 0.3, "max_steps": 6}
+    train.main(tiny(tmp_path / "adam", **settings, stop_at=1))
+    monkeypatch.setattr(train, "make_optimizer", train.make_optimizer)          # to be put back at the end
+    use_muon()
+    train.main(tiny(tmp_path / "whole", **settings))
+    first, *_, last = metrics(tmp_path / "whole", "val_loss")
+    assert last["val_loss"] < first["val_loss"] - 0.1
+    kept = {name.split("/")[2] for name in contents(tmp_path / "whole") if name.startswith("optimizer/")}
+    assert kept == {"momentum_buffer"}
+    for until in (1, 2):
+        train.main(tiny(tmp_path / "run", **settings, stop_at=until, resume=until > 1))
+    for until in (3, 4):
+        together(2, tiny(tmp_path / "run", **settings, parallel="fsdp", stop_at=until, resume=True))
+    train.main(tiny(tmp_path / "run", **settings, resume=True))
+    assert differences(tmp_path / "run", tmp_path / "whole") == set()
+    with pytest.raises(UserError, match="ckpt.pt: does not fit this model and optimizer"):
+        train.train(load_config(tiny(tmp_path / "adam", **settings, resume=True)))
+
+
+# ---------------------------------------------------------------- what befalls a rank
+
+def test_an_error_of_one_rank_ends_both_in_order(tiny, tmp_path):
+    """The first cannot write; the other learns of it, and both leave the group they talk through."""
+    def watch():
+        leave = torch.distributed.destroy_process_group
+        torch.distributed.destroy_process_group = lambda: (
+            leave(), (tmp_path / f"left{os.environ['RANK']}").touch())
+    (tmp_path / "file").write_text("")
+    assert ends_of(2, tiny(tmp_path / "file", **RUNS["ngpt"]), watch) == [
+        (1, f"train.py: {tmp_path / 'file'}: File exists\n"), (1, "")]
+    assert {path.name for path in tmp_path.glob("left?")} == {"left0", "left1"}
+
+
 def test_a_rank_that_is_gone_is_named(tiny, tmp_path):
     """One is killed in its third step. The other says that it lost one, in a line; what was saved stays."""
-    out = tmp_path / "run"
-    die = ("real = train.learning_rate\n"
-           "def rate(c, step):\n"
-           "    if step == 2 and os.environ['RANK'] == '1':\n"
-           "        os.kill(os.getpid(), signal.SIGKILL)\n"
-           "    return real(c, step)\n"
-           "train.learning_rate = rate\n")
-    argv = tiny(out, **RUNS["bf16"], checkpoint_interval=1)
-    said = torchrun(2, tmp_path, (argv, False), status=1, first=die)
-    assert "rank 0 lost another one, whose own error says why" in said and "Root Cause" in said
-    assert "exitcode  : -9" in said and re.search(r"rank +: 1 ", said)
-    assert load_checkpoint(newest_checkpoint(out))["step"] == 2
+    def die(run, step):
+        if (run.ranks.rank, step) == (1, 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+    argv = tiny(tmp_path, **RUNS["ngpt"], checkpoint_interval=1)
+    (status, said), other = ends_of(2, argv, lambda: each_step(die))
+    assert other == (-signal.SIGKILL, "") and status == 1
+    assert "rank 0 lost another one, whose own error says why" in said
+    assert load_checkpoint(newest_checkpoint(tmp_path))["step"] == 2
 
 
-def launch(n, *command):
-    """n ranks, started one by one as a queue's own launcher does. torchrun's are sessions of their own: who
-    kills it does not kill them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": str(n), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    return [subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                             env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(n)]
+def test_what_is_not_finite_on_one_rank_is_never_saved(tiny, tmp_path):
+    """It stands in the part of one rank alone. Both say so; the checkpoint before stays whole."""
+    def hurt(run, step):
+        if (run.ranks.rank, step) == (1, 2):
+            run.optimizer.state[run.model.head.weight]["exp_avg"].to_local()[0, 0] = float("inf")
+    argv = tiny(tmp_path, **RUNS["ngpt"], parallel="fsdp", checkpoint_interval=1)
+    ends = ends_of(2, argv, lambda: each_step(after=hurt))
+    assert [status for status, _ in ends] == [1, 1]
+    for (_, said), what in zip(ends, ("a tensor", r"optimizer\S*exp_avg"), strict=True):
+        assert re.search(f"step 3: {what} is not finite: stopped", said)
+    assert newest_checkpoint(tmp_path).name in ("ckpt-000000001", "ckpt-000000002")
+    load_model(tmp_path)
 
 
-@pytest.mark.long
-def test_processes_need_no_torchrun(tiny, tmp_path):
-    """Both get a signal, and say by their exit status to go on."""
-    settings = RUNS["bf16"] | {"max_steps": 10**5, "checkpoint_interval": 10**5, "parallel": "fsdp"}
-    both = launch(2, REPO / "train.py", *tiny(tmp_path / "run", **settings))
-    log = tmp_path / "run" / "metrics.jsonl"
-    while not log.exists() or "loss" not in log.read_text():
-        time.sleep(0.1)
-        assert all(process.poll() is None for process in both)
+def test_signalled_ranks_stop_together(tiny, tmp_path):
+    """Both get a signal, at different moments, and say by their exit status to go on."""
+    argv = tiny(tmp_path, **RUNS["ngpt"] | {"max_steps": 10**5, "parallel": "fsdp"})
+    both = ranks(2, lambda: train.main(argv))
+    log = tmp_path / "metrics.jsonl"
+    wait_for(lambda: log.exists() and '"loss"' in log.read_text())
     for process in both:
-        process.terminate()
-    assert [process.wait(timeout=60) for process in both] == [train.STOPPED] * 2
-    assert newest_checkpoint(tmp_path / "run").is_dir()
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.1)
+    assert [process.end()[0] for process in both] == [train.STOPPED] * 2
+    assert newest_checkpoint(tmp_path).is_dir()
 
 
 @pytest.mark.long
-def test_kills_at_random_cost_nothing_but_steps(tiny, tmp_path):
-    """One rank and two, by all ways, are killed after some changes of their checkpoints; the other number
-    goes on. No clock says when, so that a fast machine is not done before it is killed."""
-    settings, out = RUNS["all random"] | {"checkpoint_interval": 1, "max_steps": 48}, tmp_path / "run"
+def test_kills_cost_nothing_but_steps(tiny, tmp_path):
+    """One rank and two, by all ways, are killed in a random step, while the checkpoint before it may be on
+    its way still; the other number goes on."""
+    settings, out = ALL_RANDOM | {"checkpoint_interval": 1, "max_steps": 30}, tmp_path / "run"
     train.main(tiny(tmp_path / "whole", **settings))
-    (tmp_path / "driver.py").write_text(DRIVER)
-    rng, ways, kills = random.Random(0), ("fsdp", "ddp", "zero2"), 0
+    dice, ways, kills = random.Random(0), ("fsdp", "ddp", "zero2"), 0
     for n in range(60):
-        resume = newest_checkpoint(out).exists()
-        argv = tiny(out, **settings, parallel=ways[n % 3], resume=resume)
-        processes = launch(1 + n % 2, tmp_path / "driver.py", json.dumps([(argv, False)]))
-        changes, times, until = rng.randint(1, 24), {written(out)}, time.monotonic() + 120
-        while any(process.poll() is None for process in processes) and len(times) <= changes:
-            times.add(written(out))
-            assert time.monotonic() < until
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.2))             # into the next step, or the next checkpoint
-        for process in processes:
-            process.kill()
-        ends = {process.wait() for process in processes}
-        assert ends <= {0, -signal.SIGKILL}         # none is refused, or fails, after what befell the last
-        kills += -signal.SIGKILL in ends
-        if newest_checkpoint(out).exists() and load_checkpoint(newest_checkpoint(out))["step"] == 48:
+        path = newest_checkpoint(out)
+        last = dice.randrange(6) + (load_checkpoint(path)["step"] if path.exists() else 0)
+        moment = dice.uniform(0, 0.1)
+
+        def die(run, step, last=last, moment=moment):
+            if step == last:
+                time.sleep(moment)
+                os.kill(os.getpid(), signal.SIGKILL)
+        argv = tiny(out, **settings, parallel=ways[n % 3], resume=path.exists())
+        ends = ends_of(1 + n % 2, argv, lambda die=die: each_step(die))
+        assert all(end in ((0, ""), (-signal.SIGKILL, "")) or "lost another one" in end[1] for end in ends)
+        if ends[0][0] == 0:
             break
-    assert kills >= 2 and differences(tmp_path / "whole", out) == set()
+        kills += 1
+    assert kills >= 5 and differences(tmp_path / "whole", out) == set()
 
 
-def written(folder):
-    """When the newest of a run's checkpoints was written or begun; 0: not yet, or one goes right now."""
-    with contextlib.suppress(OSError):
-        return max((path.stat().st_mtime_ns for path in folder.glob("ckpt*")), default=0)
-    return 0
+@pytest.mark.parametrize("place, says", [
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment must be a number"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 in the environment must be below WORLD_SIZE=2"),
+    ({"WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT must say where ranks meet")], ids=str)
+def test_an_environment_that_is_no_launcher_s_is_refused(monkeypatch, place, says):
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        train.Ranks()
