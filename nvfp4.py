@@ -660,6 +660,11 @@ def wgrad(dy, x, dtype, ends=None):
 
 # ---------------------------------------------------------------- recipes
 
+# Names of linear layers that stay in high precision in every recipe, as globs: output heads and routers, by
+# the names that models give them. Whatever a model calls its head by another name, fp4_skip adds.
+HIGH_PRECISION = "head", "lm_head", "*.lm_head", "*router*", "gate", "*.gate"
+
+
 @dataclass(frozen=True)
 class FP4Config:
     format: str = "nvfp4"                           # number format, a key of FORMATS
@@ -674,7 +679,7 @@ class FP4Config:
     switched: tuple[str, ...] = GEMMS               # the GEMMs that do
     head_blocks: int = 0                            # first blocks of the model kept in high precision
     tail: float = 0.0                               # last fraction of its blocks kept in high precision
-    skip: tuple[str, ...] = ("head", "*router*")    # names of linear layers kept in high precision, as globs
+    skip: tuple[str, ...] = ()                      # more names than HIGH_PRECISION, as globs
 
     def __post_init__(self):
         check_words(self, gemms=GEMMS, stochastic=OPERANDS, hadamard=GEMMS, switched=GEMMS, format=FORMATS)
@@ -844,8 +849,9 @@ class FP4Linear(torch.nn.Linear):
     ends a multiple of the block. Any N will do: it is filled up with zeros.
 
     The fp32 master weight is quantized once a step and serves every micro-batch. It is quantized anew when
-    set_step() begins another step, and when its version counter or its address has changed. A fused optimizer
-    changes neither, and weight.data.copy_() does not: so call set_step().
+    set_step() begins another step, when train() or eval() is called, and when its version counter or its
+    address has changed. A fused optimizer changes neither, and weight.data.copy_() does not: so call
+    set_step().
     """
 
     function = FP4Function
@@ -854,15 +860,25 @@ class FP4Linear(torch.nn.Linear):
     drawn = None                                    # (seed, step) that the keys belong to; None: to no step
 
     def __init__(self, linear, cfg, index=0):
-        torch.nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias, self.plain_forward = linear.weight, linear.bias, type(linear).forward
+        vars(self).update(vars(linear))             # parameters, hooks, mode
+        self.plain = type(linear)                   # the class that it was
         self.cfg, self.index = cfg, index           # index: which linear layer, for the random stream
         # no buffer: DistributedDataParallel would overwrite it with the first rank's
         self.keys = layer_keys(0, 0, 0, index)
         if not isinstance(self, cfg.layer):
             raise ValueError(f"this recipe needs a {cfg.layer.__name__}; make it by cfg.layer(linear, cfg)")
         cfg.check_layer(self)
+
+    def revert(self):
+        """Become again the layer that convert() met."""
+        self.__class__ = self.plain
+        for name in ("plain", "cfg", "index", "keys", "quantized", "seen", "drawn"):
+            vars(self).pop(name, None)
+
+    def train(self, mode=True):
+        """An evaluation looks at the weight anew: weight.data.copy_(), of an average, moves no counter."""
+        self.quantized = None
+        return super().train(mode)
 
     def quantize_weight(self):
         """The weight as Both, as the recipe wants fprop.w and dgrad.w."""
@@ -909,7 +925,7 @@ class FP4Linear(torch.nn.Linear):
     @torch.compiler.disable
     def forward(self, x, ends=None):
         if not self.cfg.active or x.numel() == 0:
-            return self.plain_forward(self, x, *([] if ends is None else [ends]))
+            return self.plain.forward(self, x, *([] if ends is None else [ends]))
         if self.drawn is None and self.training and torch.is_grad_enabled():
             warnings.warn("random bits repeat and weights may be old: call set_step before every micro-batch",
                           stacklevel=2)
@@ -981,41 +997,69 @@ class high_precision:
 
 
 def convert(model, cfg, report=print):
-    """Replace, in place, the model's nn.Linear layers by FP4Linear where the policy of cfg lets it.
+    """Turn the model's nn.Linear layers into FP4Linear, in place, where the policy of cfg lets them.
 
-    Blocks are numbered by the first integer in a layer's name (blocks.7.mixer.out is in block 7). Parameters
-    stay the same objects under the same names. Prints one line: how many were converted, and which were not
-    and why.
+    A layer stays the same object: parameters, hooks, mode and attributes are kept. A second call undoes the
+    first. Blocks are numbered by the first number in a layer's name (blocks.7.mixer.out is in block 7).
+    Prints one line: how many were converted, and which were not and why. raises ValueError, naming the layer
+    whose size does not fit; then nothing is converted
     """
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for m in fp4_layers(model):
+        m.revert()
+    linears = {layer_name(name): m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     if "" in linears:
         raise ValueError("the model is itself a linear layer; use cfg.layer(model, cfg)")
     if not cfg.gemms:
         report(f"converted 0/{len(linears)} linears: no GEMM is set to run in FP4")
         return model
-    number = {name: int(re.search(r"\d+", name).group()) for name in linears if re.search(r"\d+", name)}
+    found = {name: re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in linears}
+    number = {name: int(match[1]) for name, match in found.items() if match}
     n_blocks = max(number.values(), default=-1) + 1
     tail_from = n_blocks - round(cfg.tail * n_blocks)
+    # in evaluation this one reads weights and calls no layer
+    passed_by = {m for parent in model.modules() if isinstance(parent, torch.nn.TransformerEncoderLayer)
+                 for m in parent.modules()}
     kept, converted = {}, {}
     for index, (name, linear) in enumerate(linears.items()):
         block = number.get(name)
-        if any(fnmatch.fnmatch(name, glob) for glob in cfg.skip):
+        if any(fnmatch.fnmatch(name, glob) for glob in (*HIGH_PRECISION, *cfg.skip)):
             kept.setdefault("skip", []).append(name)
+        elif not is_plain(linear) or linear in passed_by:
+            kept.setdefault("more than a linear layer", []).append(name)
         elif block is not None and block < cfg.head_blocks:
             kept.setdefault("head blocks", []).append(name)
         elif block is not None and block >= tail_from:
             kept.setdefault("tail", []).append(name)
         else:
-            converted[linear] = cfg.layer(linear, cfg, index)
-    for name, module in list(model.named_modules(remove_duplicate=False)):     # one layer under two names too
-        if module in converted:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, converted[module])
+            try:
+                converted[linear] = cfg.layer(linear, cfg, index)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+    for linear, made in converted.items():
+        linear.__class__, linear.__dict__ = type(made), vars(made)
     line = f"converted {len(converted)}/{len(linears)} linears to {cfg.format} ({','.join(cfg.gemms)})"
     for why, names in kept.items():
         line += f"; {why}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} in high precision"
+    for glob in cfg.skip:
+        if not fnmatch.filter(linears, glob):
+            line += f"; fp4_skip={glob} names no linear layer"
     report(line)
     return model
+
+
+def layer_name(name):
+    """A layer's name without what torch.compile and DistributedDataParallel put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def is_plain(linear):
+    """Whether a layer computes x w^T + b and no more, or that for experts (weight (E, N, K)). A subclass, a
+    parametrization, an adapter, a forward or a buffer of its own would be lost."""
+    weight = linear._parameters.get("weight")
+    return (weight is not None and not torch.nn.parameter.is_lazy(weight)
+            and (type(linear) is torch.nn.Linear or weight.dim() == 3)
+            and linear._parameters.keys() == {"weight", "bias"}
+            and not linear._buffers and not linear._modules and "forward" not in vars(linear))
 
 
 # ================================================================ 2 The same, fast

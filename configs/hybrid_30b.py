@@ -3,7 +3,7 @@
 # parameters of which 3.2B are active, NVIDIA's NVFP4 recipe, the last 15 % of mixers in high precision.
 # 3072 sequences * 8192 tokens = 25.2e6 tokens a step; 39,736 steps = 1e12 tokens; the paper stopped at half.
 # Later production runs also keep attention and Mamba's out_proj in high precision:
-# --fp4_skip=head,*router*,*qkv,*mixer.out,*out_proj (the first two are there by default)
+# --fp4_skip=*qkv,*mixer.out,*out_proj (heads and routers always are)
 arch = "gpt"
 recipe = "nvfp4"
 dataset = "fineweb_edu"

@@ -3,7 +3,7 @@
 # 31.6B parameters of which 3.2B are active, nGPT's recipe, the last 15 % of the mixers in high precision.
 # 3072 sequences * 8192 tokens = 25.2e6 tokens a step; 39,736 steps = 1e12 tokens; the paper stopped at half.
 # Later production runs also keep attention and Mamba's out_proj in high precision:
-# --fp4_skip=head,*router*,*qkv,*mixer.out,*out_proj (the first two are there by default)
+# --fp4_skip=*qkv,*mixer.out,*out_proj (heads and routers always are)
 arch = "ngpt"
 recipe = "ngpt"
 fp4_tail = 0.15
