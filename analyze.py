@@ -32,6 +32,7 @@ Letters: T tokens and J output channels in the sample, K terms of a dot product 
 Equations and figures: 2605.06067, sections 3 and 4, appendix B. For fig. 6b run python tests/bench.py layer.
 """
 import argparse
+import contextlib
 import copy
 import itertools
 import json
@@ -267,14 +268,13 @@ def choices_of(layer):
 
 
 def as_multiplied(t, how, codes=None):
-    """(matrix as its GEMM sees it, its quantized values), fp32, both filled up to whole blocks and rotated
-    where the recipe says so. Without how the GEMM is in high precision, and the matrix is exact.
+    """(the matrix that a GEMM sees, its quantized values), fp32, filled up to whole blocks and rotated where
+    the recipe says so.
 
     t       lines along the axis that the GEMM sums over
-    how     one of choices_of(layer)
-    codes   the values of fprop's codes, where the recipe reuses them: they are quantized in place of t. We
-            leave out two other things that papers.py does: fprop.x is not split from its outliers (occ), and
-            a gradient is not rounded to FP8 (e5m2)
+    how     arguments of quantize(), from choices_of(layer); None: this GEMM is in high precision
+    codes   values to quantize in place of t, where the recipe reuses the forward's codes; None: t
+    We leave out two things of papers.py: occ does not split fprop.x here, and e5m2 does not round gradients.
     """
     codes = t if codes is None else codes
     if how is None:
@@ -296,8 +296,8 @@ TOKEN_AXIS = {"fprop.x": 0, "wgrad.x": 1, "dgrad.dy": 0, "wgrad.dy": 1}
 
 
 def of_tokens(t, operand, how, tokens):
-    """The part of an operand that belongs to some tokens: their rows. In wgrad tokens are columns, and those
-    of a block share its scale, so we take about as many in whole blocks, each with one of these in it."""
+    """The part of an operand that belongs to some tokens. Tokens are rows, but in wgrad columns. Columns of a
+    block share a scale, so there we take whole blocks that hold these tokens, about as many."""
     if TOKEN_AXIS[operand] == 1 and how:
         b = FORMATS[how["format"]].block
         blocks = list(dict.fromkeys((tokens // b).tolist()))[:-(-len(tokens) // b)]
@@ -306,13 +306,13 @@ def of_tokens(t, operand, how, tokens):
 
 
 def record(model, batches, n_tokens, seed=0):
-    """The operands made of tokens, fprop.x, wgrad.x, dgrad.dy and wgrad.dy, of every part of a converted
-    model that runs in high precision: {name of part: {operand: (as multiplied, quantized)}}, fp32.
+    """Run a converted model in high precision, forward and backward, and record four operands of every part:
+    {name of part: {operand: (as multiplied, quantized)}}, fp32, for fprop.x, wgrad.x, dgrad.dy, wgrad.dy.
 
-    batches: (idx, targets) pairs; n_tokens tokens in all, the same for every layer; of an expert at most as
-    many, drawn from its own. Whole batches are quantized, as in training, because a measured tensor scale
-    depends on all of a batch and wgrad's blocks hold many tokens. We keep the sample alone. dy is the
-    gradient of a batch's mean loss, as in training, but no weight gets a gradient.
+    batches: (idx, targets) pairs. We sample n_tokens tokens in all, the same ones for every layer; an expert
+    gives at most as many of its own. We quantize whole batches, as in training: a measured tensor scale
+    depends on all of a batch, and a block of wgrad holds many tokens. We keep the sample alone. No weight
+    gets a gradient.
     """
     generator, by_layer, chosen = torch.Generator().manual_seed(seed), {}, {}
     parts = named_parts(model)
@@ -377,7 +377,7 @@ class Probe(NamedTuple):
     form: str                                       # how tables print it
 
 
-# What is measured of every layer stands in every table and in analysis.json. A new probe is a row here.
+# A probe is a number of a layer, shown in every table and in analysis.json. A new one is a row here.
 PROBES = {
     "weights": Probe(lambda s: db(snr(*s.operands["fprop.w"])), ".2f"),
     "activations": Probe(lambda s: db(snr(*s.operands["fprop.x"])), ".2f"),
@@ -419,7 +419,7 @@ def by_terms(m, x, w, xq, wq, seed):
     """Sums of the first k terms, for each k. We shuffle the terms, because channels of one head lie side by
     side and k of them must stand for all."""
     order, rows = torch.randperm(m.K, generator=torch.Generator().manual_seed(seed)).to(x.device), []
-    for k in [16 * 2**i for i in range(13)]:
+    for k in [16 * 2**i for i in range(13)]:        # 16 to 65,536; beyond K eq. 4 alone
         dot = rho_s = math.nan
         if k <= m.K:
             part = moments(*(t[:, order[:k]] for t in (x, w, xq, wq)))
@@ -470,9 +470,7 @@ def read_runs(folders):
 
 
 def open_run(folder, **changes):
-    """A run's model, converted by its recipe with changes; the name of the recipe; four batches held out. We
-    do not compile: the bits are the same, and four batches are too few to pay for kernels of every shape."""
-    nvfp4.use_compiler(False)
+    """A run's model, converted by its recipe with changes; the name of the recipe; four batches held out."""
     model, _, c = train.load_run(folder)
     device, _ = train.choose_device(replace(c, device="auto"))
     model.activation_checkpointing = c.activation_checkpointing
@@ -486,17 +484,28 @@ def open_run(folder, **changes):
     return model, recipe, [batch_at(val, s, c.model.block_size, device) for s in starts]
 
 
+@contextlib.contextmanager
+def uncompiled():
+    """Do not compile: the bits stay, and four batches are too few to pay for kernels of every shape."""
+    before = nvfp4.use_compiler(False)
+    try:
+        yield
+    finally:
+        nvfp4.use_compiler(before)
+
+
+@uncompiled()
 def analyse(folder, o):
     """All probes of a run, as rows {arch, width, recipe, seed, ...}: of its layers, which also carry the loss
     and mean growth of the run, of sums of k terms, of channels, and of the noise alpha."""
     kind, (model, recipe, batches) = read_run(folder)["kind"], open_run(folder)
-    few = [torch.cat([t[::4] for t in both]) for both in zip(*batches, strict=True)]    # it takes many losses
+    quarter = [torch.cat([t[::4] for t in both]) for both in zip(*batches, strict=True)]    # for flatness()
 
     @torch.no_grad()
-    def loss(model, batches):
-        return float(sum(model(*batch).double() for batch in batches) / len(batches))
+    def loss(model, some):
+        return float(sum(model(*batch).double() for batch in some) / len(some))
     with nvfp4.high_precision(model):
-        growth = flatness(model, lambda model: loss(model, [few]), seed=o.seed)
+        growth = flatness(model, lambda model: loss(model, [quarter]), seed=o.seed)
         of_run = {"quantized_as": recipe, "loss": loss(model, batches), "growth": sum(growth) / len(growth)}
     parts, rows = named_parts(model), {"layers": [], "terms": [], "channels": [], "noise": [
         kind | {"alpha": a, "growth": g} for a, g in zip((0, *ALPHAS), (0.0, *growth), strict=True)]}
@@ -769,7 +778,8 @@ def main(argv):
         raise UserError(f"{flags[0]}: no such option; python analyze.py -h lists them")
     if bool(folders) != (work is not quant):
         raise UserError(f"{words[0]} takes {'no run folder' if work is quant else 'run folders'}")
-    work(folders, o)
+    with uncompiled():
+        work(folders, o)
 
 
 if __name__ == "__main__":

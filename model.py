@@ -4,10 +4,10 @@ A pattern names the mixers in order: "*" attention, "-" MLP, "M" Mamba-2, "E" mi
 transformer of two layers. A rule says how a mixer's output joins the stream: pre-norm (GPT),
 h + f(rmsnorm(h)), or the step on the hypersphere (nGPT), where the stream has norm 1 and so has every row
 that enters a linear layer. The standard mixers stand first and are complete without nGPT; nGPT replaces the
-mixers, the rule and the head by normalized ones. A mixer alone knows its weights: which axis of theirs is the
-residual stream, how they begin, what they cost, and what it must remember from one token to the next. A new
-one is a class, and its letter in GPT.mixers and NGPT.mixers. Nothing here knows of 4 bits; a mixture has its
-product for each expert, and how many tokens keep them apart, from nvfp4.py.
+mixers, the rule and the head by normalized ones. Each mixer tells which axis of its weights is the residual
+stream, how the weights begin, what they cost, and what it remembers from token to token. A new mixer is a
+class and a letter in GPT.mixers and NGPT.mixers. Nothing here knows of 4 bits; only the mixture of experts
+takes grouped() and EXPERT_TOKENS from nvfp4.py.
 
 Letters
     B T C    batch, time (tokens), channels of the residual stream (n_embd)
@@ -151,24 +151,25 @@ class Scale(nn.Module):
 # ---------------------------------------------------------------- mixers: attention and MLP
 
 class Mixer(nn.Module):
-    """What a mixer tells of itself. Where its weights are linear layers, reads() and writes() are enough.
+    """Base class of mixers. One whose weights are linear layers defines forward(), reads() and writes().
 
-    forward x (B, T, C), what enters; state, for decoding: a dict of the mixer's own, empty before the first
-    token, where it leaves what it must know of the tokens so far; None: x is all there is. Where documents
-    are kept apart there always is one, with starts (B, n) in it: at which token the document of each began,
-    of all n so far, those of x included -> (B, T, C)
+    forward(x, state)   x (B, T, C) -> (B, T, C)
+    state   None in training. In decoding: a dict that belongs to this mixer. It is empty before the first
+            token, and the mixer keeps in it whatever it needs of earlier tokens. Where documents are kept
+            apart there is always a dict, with state["starts"] (B, n): for each of the n tokens so far, x
+            included, the position at which its document began
     """
 
     def reads(self):
-        """[(weight, its axis along the residual stream), ...] of what reads from the stream."""
+        """[(weight, its axis along the residual stream), ...] of layers that read the stream."""
         raise NotImplementedError
 
     def writes(self):
-        """The same of what writes to it."""
+        """[(weight, its axis along the residual stream), ...] of layers that write to the stream."""
         raise NotImplementedError
 
     def stream_weights(self):
-        """(weight, axis of the stream) of all that touches the stream: what nGPT normalizes."""
+        """All weights that touch the stream, with their axis: nGPT normalizes them."""
         return self.reads() + self.writes()
 
     def matrices(self):
@@ -179,7 +180,7 @@ class Mixer(nn.Module):
         return linear + [weight for weight, _ in self.stream_weights() if id(weight) not in known]
 
     def init_(self, std):
-        """Called when all matrices have been drawn: what else the mixer wants, std for what writes."""
+        """Draw the weights that write to the stream anew, with std. Called after all matrices were drawn."""
         for weight, _ in self.writes():
             nn.init.normal_(weight, std=std)
 
@@ -192,8 +193,8 @@ class Mixer(nn.Module):
         return 6 * (sum(weight.numel() for weight in self.matrices()) - self.idle())
 
     def after_forward(self):
-        """Called once a forward, whereas forward() itself runs twice in a checkpointed block. Returns a loss
-        of the mixer's own, () or None."""
+        """Called once a forward; forward() itself runs twice in a checkpointed block. Returns None, or a
+        scalar loss that is added to the model's."""
 
     def after_step(self, total):
         """Called after every optimizer step; total(x) adds x up over the ranks. Returns {name: number} for
@@ -222,7 +223,7 @@ class Attention(Mixer):
         return super().flops(T) + 12 * self.H * self.D * T
 
     def heads(self, qkv, state):
-        """What qkv makes of x -> q (B, H, T, D), k and v (B, G, T, D), positions in q and k."""
+        """The output of qkv -> q (B, H, T, D), k and v (B, G, T, D); q and k rotated by their positions."""
         B, T, _ = qkv.size()
         q, k, v = qkv.view(B, T, -1, self.D).transpose(1, 2).split([self.H, self.G, self.G], 1)
         if self.rope_base:
@@ -235,13 +236,13 @@ class Attention(Mixer):
         return q, k, v
 
     def mix(self, q, k, v, state):
-        """softmax(q k^T / sqrt(D)) v, heads side by side: (B, T, H D). With a state, over its keys too: the
-        last block_size, whatever their number."""
+        """softmax(q k^T / sqrt(D)) v with the heads side by side: (B, T, H D). With a state, queries also see
+        the keys in it; a query sees block_size keys at most, itself included."""
         mask = None
         if state is not None:
             if "k" in state:
                 k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
-            S, T = k.size(2), q.size(2)             # query i is token S - T + i of those there are
+            S, T = k.size(2), q.size(2)             # S keys; query i is token S - T + i of them
             age = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
             mask = (age >= 0) & (age < self.block_size)
             if "starts" in state:
@@ -320,16 +321,16 @@ def ssm(x, dt, A, B, C, h=None, begins=None):
 
 
 def running_sum(a):
-    """torch.cumsum along the last axis, of which GPUs have no deterministic one, in fp64: a difference of two
-    long sums in fp32 would lose its digits. (MPS has no fp64.)"""
-    high = torch.float32 if a.device.type == "mps" else torch.float64
-    ones = torch.ones(a.size(-1), a.size(-1), dtype=high, device=a.device)
-    return a.to(high) @ ones.triu()
+    """torch.cumsum along the last axis, as a matrix product: GPUs have no deterministic cumsum. In fp64,
+    because a difference of two long sums loses its digits in fp32."""
+    ones = torch.ones(a.size(-1), a.size(-1), dtype=torch.float64, device=a.device)
+    return a.double() @ ones.triu()
 
 
 def decays(total, dtype):
-    """exp(a_(j+1) + ... + a_i) for j <= i, what is left at i of what came in at j, and 0 for j > i, from the
-    running sum of a: (..., L) -> (..., L, L). Also known as the exponential of the segment sum."""
+    """How much of token j's input is left at token i: exp(a_(j+1) + ... + a_i) for j <= i, 0 for j > i.
+    total (..., L) is the running sum of a -> (..., L, L). Papers call it the exponential of the segment sum.
+    """
     difference = (total[..., :, None] - total[..., None, :]).to(dtype)
     return difference.masked_fill(torch.ones_like(difference, dtype=torch.bool).triu(1), -math.inf).exp()
 
@@ -494,9 +495,11 @@ def gather(x, index):
 
 
 class Reorder(torch.autograd.Function):
-    """gather(x, index), and its reverse: row j of the result is row index[j] of x, and back[i] (k,) are the
-    rows of the result that row i of x went to, their number where it went to none. So the backward is a
-    gather as well, which adds up in one order on any device."""
+    """gather(x, index) whose backward is a gather too, so that sums have one order on any device.
+
+    index (m,)    row j of the result is row index[j] of x (n, C); n: zeros
+    back (n, k)   row i of x went to rows back[i] of the result; m: to none
+    """
 
     @staticmethod
     def forward(ctx, x, index, back):
@@ -515,14 +518,15 @@ class MoE(Mixer):
         chosen = the K largest of s + bias
         y = shared(x) + sum_chosen scale s_e / (sum_chosen s) expert_e(x)
 
-    No token is dropped: choices are sorted by expert, and all experts are one grouped GEMM. Two things spread
-    the load: after each step the bias of an expert with fewer tokens than the mean rises by moe_bias_rate,
-    that of others falls (2408.15664), so that it chooses but never weighs; and a loss on each sequence, E
-    sum_e (share of choices) (mean share of s), which the gradient sees and the reported loss does not.
+    No token is dropped: we sort choices by expert, and all experts are one grouped GEMM. Two things spread
+    the load. After each step we raise the bias of an expert that had fewer tokens than the mean, by
+    moe_bias_rate, and lower the others (2408.15664); the bias enters the choice, never the weights. And each
+    sequence has a loss, in the gradient but not in the reported loss:
+        aux = moe_aux_loss E sum_e (share of choices of e) (mean share of s_e)
     source: 2512.20848
     """
     mlp = MLP
-    multiple = EXPERT_TOKENS                        # rows, zeros included, of an expert
+    multiple = EXPERT_TOKENS                        # an expert's rows are filled up with zeros to this
 
     def __init__(self, c):
         super().__init__()
@@ -560,11 +564,14 @@ class MoE(Mixer):
         return chosen.flatten(0, 1), weights.flatten(0, 1)
 
     def sort(self, chosen):
-        """chosen (n, K), the experts of each token -> the row of each choice among the sorted ones, (n, K);
-        the choice that each row serves, n K for none; and where the rows of each expert end, (E,) int32.
+        """Sort choices by expert, the rows of each filled up with zeros to a multiple. chosen (n, K) ->
 
-        With a multiple of 2, choices of experts 1, 0, 1 serve rows 2, 0, 3, and rows are 1, -, 0, 2. How many
-        rows there are depends on n alone: nothing has to wait until the router is known.
+        row_of (n, K)       the row of each choice
+        choice_of (rows,)   the choice in each row; n K: none, a row of zeros
+        ends (E,) int32     where the rows of each expert end
+
+        With a multiple of 2 and experts 1, 0, 1 chosen, row_of is 2, 0, 3 and choice_of is 1, none, 0, 2. The
+        number of rows depends on n alone, so nothing waits for the router.
         """
         choices = chosen.flatten()
         count = F.one_hot(choices, self.E).sum(0)
@@ -588,7 +595,7 @@ class MoE(Mixer):
 
     @torch.no_grad()
     def after_step(self, total):
-        load = total(self.load)                     # load_max: of the busiest expert, 1 being its fair share
+        load = total(self.load)                     # load_max: tokens of the busiest over its fair share
         self.bias += self.bias_rate * (load.mean() - load).sign()
         found = {"load_max": float(load.max() / load.mean()), "bias_max": float(self.bias.abs().max())}
         self.load.zero_()
@@ -618,8 +625,8 @@ class PreNormBlock(nn.Module):
         return h + self.mixer(self.norm(h), state)
 
 
-def block_from(block, state, h):
-    """A block that leaves the state as it is, so that it can be run again."""
+def run_again(block, state, h):
+    """A block under activation checkpointing. It runs twice, so it gets a copy of the state each time."""
     return block(h, state and dict(state))
 
 
@@ -673,7 +680,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             own = state and state[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                again = functools.partial(block_from, block, own)
+                again = functools.partial(run_again, block, own)
                 h = checkpoint(again, h, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, own)
@@ -812,7 +819,7 @@ class NGPT(GPT):
         self.normalize_()
 
     def logits(self, h):
-        return self.head(h) * self.s_z()        # (B, T, V): cosines, and a learned temperature for each token
+        return super().logits(h) * self.s_z()   # (B, T, V): cosines times a learned scale for each token
 
     @torch.no_grad()
     def normalize_(self):
@@ -862,17 +869,19 @@ def training_bytes(model):
 
 
 def rank_bytes(parallel, model, n_ranks):
-    """What one of n ranks has of training_bytes().
+    """Bytes of training_bytes() that one of n ranks holds.
 
-    value   by zero2 1/n of the moments, by fsdp of the others too, where beside that the largest block and
-            what is no block are there whole, as weights and as gradients
+    zero2   weights and gradients whole, 1/n of the two moments
+    fsdp    1/n of everything; but the largest block, embedding, head and last norm are there whole, as
+            weights and as gradients
     """
-    state, others = training_bytes(model), 1 - 1 / n_ranks
+    state = training_bytes(model)
     if parallel == "zero2":
-        return state - state / 2 * others
+        return state / 2 + state / 2 / n_ranks
     if parallel == "fsdp":
         blocks = [training_bytes(block) for block in model.blocks]
-        return state - (state - (max(blocks) + state - sum(blocks)) / 2) * others
+        whole = (max(blocks) + state - sum(blocks)) / 2
+        return whole + (state - whole) / n_ranks
     return state
 
 

@@ -235,7 +235,9 @@ def tensors_of(model, optimizer):
     """Weights, buffers and the optimizer's state, once it has one: {name: tensor, or a rank's part}."""
     found = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     for i, p in enumerate(learned(optimizer)):
-        found |= {f"optimizer/{i}/{key}": t for key, t in optimizer.state.get(p, {}).items()}
+        for key, t in optimizer.state.get(p, {}).items():
+            assert torch.is_tensor(t), f"{type(optimizer).__name__} keeps {key} as no tensor: it is not saved"
+            found[f"optimizer/{i}/{key}"] = t
     return found
 
 

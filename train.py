@@ -7,14 +7,13 @@
     python train.py -h                                            every field, its default and meaning
 
 A run is a folder, out_dir: config.json, metrics.jsonl (an object a step), log.txt, tokenizer.json, ckpt.pt.
-It keeps no state of random numbers: data order, stochastic rounding and initialization are functions of the
-seed and the step. So a run that was stopped goes on bit for bit (--resume), and n ranks compute what one
-process with n micro-batches does. On a GPU that takes --deterministic, because the backward of attention adds
-up in any order otherwise.
+It keeps no random state: data order, stochastic rounding and initialization are functions of seed and step.
+So --resume continues a stopped run bit for bit, and n ranks compute what one process with n micro-batches
+does. A GPU needs --deterministic for this, because the backward of attention adds up in any order otherwise.
 
 Exit status: 0 done, also where --resume finds nothing left to do; 75 stopped by SIGINT, SIGTERM, SIGHUP or a
-closed console, with a checkpoint: run it again with --resume; 1 an error, in one line. The same signal once
-more ends a run at once, without a checkpoint.
+closed console, with a checkpoint: run it again with --resume; 1 an error, in one line. The second signal of
+a kind ends a run at once, without a checkpoint.
 """
 import contextlib
 import math
@@ -51,7 +50,7 @@ class Config:
     out_dir: str | None = None                      # run folder; None: out/<name of the first config file>
     dataset: str = "sotu"                           # folder below data/, or a path to one
     recipe: str | None = None                       # FP4 recipe, listed below; None: the architecture's own
-    seed: Annotated[int, 0, 2**64 - 1] = 1337       # of initialization, data order and stochastic rounding
+    seed: Annotated[int, 0, 2**64 - 1] = 1337       # seeds initialization, data order and stochastic rounding
     # batch
     batch_size: Count = 16                          # sequences in a micro-batch
     gradient_accumulation_steps: Count = 1          # micro-batches in a step, over all ranks together
@@ -64,18 +63,18 @@ class Config:
     warmup_steps: Some = 0                          # linear warm-up, max_steps at most
     decay_fraction: Fraction = 0.15                 # wsd: the last part of max_steps, where the rate decays
     # optimizer
-    weight_decay: NotNegative = 0.0                 # of matrices
-    beta1: Annotated[float, 0, 1 - 2**-53] = 0.9    # AdamW
-    beta2: Annotated[float, 0, 1 - 2**-53] = 0.95   # AdamW
+    weight_decay: NotNegative = 0.0                 # of matrices; all else has none
+    beta1: Annotated[float, 0, 1 - 2**-53] = 0.9    # AdamW: of the first moment
+    beta2: Annotated[float, 0, 1 - 2**-53] = 0.95   # AdamW: of the second moment
     grad_clip: NotNegative = 1.0                    # largest norm of the gradient; 0: no clipping
     # evaluation, logging, checkpoints
     eval_interval: Count = 100                      # steps between evaluations
     eval_iters: Count = 8                           # batches in an evaluation, always the same
-    gradient_noise: bool = False                    # and gradient over noise of each FP4 backward
+    gradient_noise: bool = False                    # also measure gradient over noise of each FP4 layer
     log_interval: Count = 10                        # steps between console lines
     checkpoint_interval: Count = 500                # steps between checkpoints; one is written at the end too
     sample_tokens: Some = 120                       # length of the sample at the end; 0: none
-    profile: Some = 0                               # steps to trace, after two others: trace-<rank>.json
+    profile: Some = 0                               # steps to trace, from the third on: trace-<rank>.json
     mirror: Literal["none", "wandb", "tensorboard"] = "none"    # where metrics.jsonl is shown as well
     resume: bool = False                            # continue the run in out_dir
     # machine
@@ -169,7 +168,7 @@ def make_optimizer(model, c):
 # ---------------------------------------------------------------- the loop
 
 class Finished(UserError):
-    """There is nothing left to do: no mistake, but no run either."""
+    """The run is complete already. main() prints this and exits with status 0."""
 
 
 class Diverged(UserError):
@@ -181,8 +180,8 @@ class Diverged(UserError):
 
 @dataclass
 class Run:
-    """What the loop works with."""
-    c: Config                                       # its vocab_size that of the dataset, if it was None
+    """A run: all that the loop reads and changes."""
+    c: Config                                       # with the vocab_size of the dataset filled in
     ranks: Ranks
     device: torch.device
     dtype: torch.dtype                              # of the activations
@@ -193,9 +192,9 @@ class Run:
     first_step: int
     last_step: int                                  # the loop ends before it, after a last evaluation
     times: list = field(default_factory=list)       # seconds of each step done
-    tokens: int = 0                                 # seen so far
-    saved: int | None = None                        # step of the checkpoint in the folder
-    trace: torch.profiler.profile | None = None     # of a few steps
+    tokens: int = 0                                 # trained on so far
+    saved: int | None = None                        # step of the newest complete checkpoint
+    trace: torch.profiler.profile | None = None     # records a few steps; see trace_of()
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -203,46 +202,49 @@ class Run:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def context(c, step):
-    """Tokens of a sequence at a step. Batches, the count of tokens, speed and MFU follow from it."""
+def sequence_length(c, step):
+    """Tokens in a sequence. A fork that trains on growing lengths changes this function alone: batches, the
+    count of tokens, speed and MFU follow."""
     return c.model.block_size
 
 
 def tokens_of(c, step):
-    return c.gradient_accumulation_steps * c.batch_size * context(c, step)
+    """Tokens of all micro-batches of a step."""
+    return c.gradient_accumulation_steps * c.batch_size * sequence_length(c, step)
 
 
 def micro_batch(run, step, n):
     """The n-th micro-batch of a step, counted over all ranks: (idx, targets), int64 (B, T) each."""
-    c, T = run.c, context(run.c, step)
+    c, T = run.c, sequence_length(run.c, step)
     shape = c.gradient_accumulation_steps, c.batch_size
     starts = train_starts(len(run.data.train), T, shape, c.seed, step)
     return batch_at(run.data.train, starts[n], T, run.device)
 
 
 def training_step(run, step):
-    """One step of the optimizer: (loss, norm of the gradient, {name: number} of what the model adds to the
-    log)."""
+    """One optimizer step -> (loss, gradient norm, {name: number} that the model adds to the log)."""
     c, ranks, model, optimizer = run.c, run.ranks, run.model, run.optimizer
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(c, step)
     mine = ranks.share(range(c.gradient_accumulation_steps))
-    total = torch.zeros((), device=run.device)
+    mean_loss = torch.zeros((), device=run.device)
     for n in mine:
-        nvfp4.set_step(model, c.seed, step, n)
+        nvfp4.set_step(model, c.seed, step, n)      # random bits of this micro-batch
         idx, targets = micro_batch(run, step, n)
         with ranks.averaging(now=n == mine[-1]):
             with run.autocast():
                 loss = ranks.replica(idx, targets) / len(mine)
             loss.backward()
-        total += loss.detach()
-    loss, norm = float(ranks.mean(total)), clip_gradient(model, c.grad_clip, ranks)
+        mean_loss += loss.detach()
+    loss = float(ranks.mean(mean_loss))
+    norm = clip_gradient(model, c.grad_clip, ranks)
     if not math.isfinite(loss) or not math.isfinite(norm):                      # the model stays as it was
         raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}")
     optimizer.step()
-    model.normalize_()                              # back onto the sphere
+    model.normalize_()                              # nGPT: back onto the sphere
     optimizer.zero_grad(set_to_none=True)
-    return loss, norm, model.after_step(ranks.sum)
+    more = model.after_step(ranks.sum)              # a mixture of experts balances its load
+    return loss, norm, more
 
 
 def clip_gradient(model, largest, ranks):
@@ -263,19 +265,19 @@ def clip_gradient(model, largest, ranks):
 @torch.no_grad()
 def validation_loss(run):
     """Mean loss over the fixed validation batches, which the ranks share."""
-    c, total = run.c, torch.zeros(2, dtype=torch.float64, device=run.device)
-    n, world = c.eval_iters, run.ranks.world
+    c, n, world = run.c, run.c.eval_iters, run.ranks.world
     starts = val_starts(len(run.data.val), c.model.block_size, (n, c.batch_size))
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
     run.model.eval()
-    for batch in run.ranks.share(range(-(-n // world) * world)):    # as many for each: they may share weights
+    # Every rank computes as many batches, since ranks may share weights. We count each batch once.
+    for i in run.ranks.share(range(math.ceil(n / world) * world)):
+        batch = batch_at(run.data.val, starts[min(i, n - 1)], c.model.block_size, run.device)
         with run.autocast():
-            here = starts[min(batch, n - 1)]
-            loss = run.model(*batch_at(run.data.val, here, c.model.block_size, run.device))
-        if batch < n:
-            total += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+            loss = run.model(*batch)
+        if i < n:
+            total += loss.double()
     run.model.train()
-    run.ranks.sum(total)
-    return float(total[0] / total[1])
+    return float(run.ranks.sum(total)) / n
 
 
 NOISE = "gradient_to_noise/"                        # in metrics.jsonl it stands before a layer's name
@@ -290,13 +292,14 @@ def evaluate(run, step):
     row = {"step": step, "val_loss": loss, "val_bpb": loss * bits_per_byte}
     if nvfp4.fp4_layers(run.model):
         row["val_loss_fp4"] = validation_loss(run)
-    if run.c.gradient_noise:                        # of the first micro-batch; all ranks find the same
+    if run.c.gradient_noise:                        # the first micro-batch: all ranks find the same
         batch = micro_batch(run, step, 0)
 
-        def loss():
-            with run.autocast():                    # but not the backward
+        def first_loss():
+            with run.autocast():                    # autocast is for the forward alone
                 return run.model(*batch)
-        row |= {NOISE + name: ratio for name, ratio in gradient_to_noise(run.model, loss).items()}
+        ratios = gradient_to_noise(run.model, first_loss)
+        row |= {NOISE + name: ratio for name, ratio in ratios.items()}
     for name, value in row.items():
         if not math.isfinite(value):
             raise Diverged(f"step {step}: {name} {value}")
@@ -309,7 +312,8 @@ def save(run, step):
     if run.ranks.any(wrong is not None):
         raise Diverged(f"step {step}: {wrong or 'a tensor'} is not finite")
     run.ranks.once(run.log.sync)                    # no checkpoint without the rows before it
-    about = {"step": step, "config": flatten(c), "origin": run.data.origin, "rows": run.log.crc_before}
+    about = {"step": step, "config": flatten(c), "origin": run.data.origin, "rows": run.log.crc_before,
+             "trained_by": type(run.optimizer).__name__}
     run.ranks.save(c.out_dir, run.model, run.optimizer, about)
     if not run.ranks.sharded:                       # parts are on their way still
         run.saved = step
@@ -327,11 +331,12 @@ def loop(run, stop):
         if not stopped and (step % c.eval_interval == 0 or last):
             row = evaluate(run, step)
             report_evaluation(run, row)
-        news = stopped or step > run.first_step     # a run that is stopped at once is saved all the same
-        if news and (last or step % c.checkpoint_interval == 0):
+        due = last or step % c.checkpoint_interval == 0
+        if due and (stopped or step > run.first_step):      # the first step holds nothing new to save
             save(run, step)
-        whole = ranks.finish_saving(wait=last)
-        run.saved = run.saved if whole is None else whole
+        written = ranks.finish_saving(wait=last)    # step of a checkpoint in parts that is complete now
+        if written is not None:
+            run.saved = written
         if last:
             break
         start = time.perf_counter()
@@ -343,11 +348,12 @@ def loop(run, stop):
             run.trace.step()
     if stopped:
         stop.at = step
-        run.log(f"{stop.why or 'signal'}: stopped at step {step}; continue with --resume")
+        why = stop.why or "signal"                  # another rank got it
+        run.log(f"{why}: stopped at step {step}; continue with --resume")
     elif c.sample_tokens and (ranks.first or ranks.sharded):
         report_sample(run, step)
     run.log(f"saved in {c.out_dir}")
-    ranks.barrier()                                 # the first rank writes while the others are done
+    ranks.barrier()                                 # no rank leaves while the first one still writes
     return row
 
 
@@ -385,7 +391,7 @@ def report_step(run, step, loss, norm, more):
                      "tokens": run.tokens, "ms": 1e3 * times[-1], **more})
     if step % c.log_interval == 0 or step + 1 == run.last_step:
         rate, peak = tokens_of(c, step) / usual(times), peak_flops(run.device)
-        flops = flops_per_token(run.model, context(c, step))
+        flops = flops_per_token(run.model, sequence_length(c, step))
         line = [f"step {step}/{c.max_steps}", f"loss {loss:.4f}", f"lr {lr:.1e}", f"norm {norm:.2f}",
                 f"{1e3 * times[-1]:.0f} ms", f"{rate / 1e3:.1f}k tok/s"]
         line += [f"mfu {100 * rate * flops / peak / run.ranks.world:.1f}%"] if peak else []
@@ -425,8 +431,8 @@ def peak_flops(device):
 
 # ---------------------------------------------------------------- set up
 
-# A run may go on with other values of these fields: they place a run or look at it (WATCHING), or change no
-# more than the order of sums. Whether the dataset is the same, its origin tells.
+# --resume accepts other values of these fields. WATCHING fields place a run or look at it; the others change
+# the order of sums at most. The dataset may move: check_resumable() compares the origin of the data instead.
 WATCHING = ("out_dir", "resume", "stop_at", "device", "eval_interval", "eval_iters", "gradient_noise",
             "log_interval", "checkpoint_interval", "sample_tokens", "profile", "mirror")
 FREE = (*WATCHING, "dataset", "compile", "deterministic", "parallel", "activation_checkpointing")
@@ -457,8 +463,8 @@ def refuse_to_overwrite(c):
 
 
 def check_memory(c, sizes, ranks):
-    """UserError where a rank's part of the model, an outline, does not fit into what is free. A step takes
-    more; an out-of-memory error says then what to lower."""
+    """UserError where a rank's weights, gradients and moments do not fit into free memory. A step takes more;
+    an out-of-memory error says then what to lower. sizes: the model's outline"""
     free, need = free_bytes(ranks.device), rank_bytes(c.parallel, sizes, ranks.world)
     if free and ranks.device.type == "cpu":
         free /= ranks.beside                        # who share this memory
@@ -480,7 +486,7 @@ def choose_device(c, local_rank=0):
 
 
 def compile_model(model, c):
-    """Fuse what lies between the GEMMs; returns whether that is wanted and works."""
+    """Have torch.compile fuse all that lies between the GEMMs. Returns whether it does."""
     if not c.compile or not nvfp4.can_compile(model.embed.weight.device.type):
         return False
     nvfp4.set_up_compiler()
@@ -489,8 +495,7 @@ def compile_model(model, c):
 
 
 def trace_of(c, rank):
-    """A context that records c.profile steps, once the compiler has done its work, for chrome://tracing; or
-    None."""
+    """A profiler of c.profile steps, after two that compile; None without. Open in chrome://tracing."""
     if not c.profile:
         return None
     return torch.profiler.profile(
@@ -499,7 +504,7 @@ def trace_of(c, rank):
 
 
 def meet(c):
-    """(Ranks, device, dtype of the activations): one process, or one of torchrun's, on its device."""
+    """Start to talk to the other processes of torchrun, if any -> (Ranks, device, dtype of activations)."""
     ranks = Ranks(c.parallel)
     device, dtype = choose_device(c, ranks.local)
     if c.gradient_accumulation_steps % ranks.world:
@@ -528,9 +533,10 @@ def set_up(c, after, stop):
     path = newest_checkpoint(c.out_dir)
     saved = load_checkpoint(path) if c.resume else None
 
-    # --- data, which knows its vocabulary
+    # --- data, and the config that depends on it
     ranks.once(prepare_missing, c.dataset)
-    data, notes = load_data(c.dataset, c.model.block_size, c.model.vocab_size), []
+    data = load_data(c.dataset, c.model.block_size, c.model.vocab_size)
+    notes = []
     c = replace(c, model=replace(c.model, vocab_size=data.vocab_size))
     if c.model.document_start == -1:
         c = replace(c, model=replace(c.model, document_start=data.document_start))
@@ -542,7 +548,7 @@ def set_up(c, after, stop):
     if saved:
         check_resumable(c, saved, data.origin)
 
-    # --- model and optimizer, as they begin or as they were left
+    # --- model and optimizer, new or from the checkpoint
     converted = []
     try:
         check_memory(c, outline(c.model), ranks)
@@ -551,17 +557,22 @@ def set_up(c, after, stop):
         raise UserError(str(error)) from None
     optimizer = make_optimizer(model, c)
     if saved:
+        if saved.get("trained_by", "AdamW") != type(optimizer).__name__:        # older runs do not say
+            raise UserError(f"--resume: the run in {c.out_dir} was trained by {saved['trained_by']}; start "
+                            "another --out_dir")
         ranks.restore(path, saved, model, optimizer)
 
-    # --- a folder, and a word about what is to come
-    log, first_step = Log(stop), saved["step"] if saved else 0
+    # --- the folder, the log, and what they say first
+    first_step = saved["step"] if saved else 0
+    log = Log(stop)
     after.callback(log.close)
-    rows = saved and saved.get("rows")
-    ranks.once(log.open, Path(c.out_dir), flatten(c), first_step, rows, c.mirror,
-               lambda: refuse_to_overwrite(c))      # by a run that has ended meanwhile
+    crc = saved and saved.get("rows")               # of the metrics that the checkpoint has seen
+    ranks.once(log.open, Path(c.out_dir), flatten(c), first_step, crc, c.mirror,
+               lambda: refuse_to_overwrite(c))      # again: another run may have ended here meanwhile
     ranks.once(keep_tokenizer, c.dataset, c.out_dir)
-    run = Run(c, ranks, device, dtype, data, model, optimizer, log, first_step, c.stop_at or c.max_steps,
-              saved=saved and first_step, trace=trace_of(c, ranks.rank))
+    run = Run(c, ranks, device, dtype, data, model, optimizer, log, first_step=first_step,
+              last_step=c.stop_at or c.max_steps, saved=first_step if saved else None,
+              trace=trace_of(c, ranks.rank))
     run.tokens = sum(tokens_of(c, step) for step in range(first_step))
     introduce(run, [*converted, *notes])
     if compile_model(model, c):
@@ -571,16 +582,15 @@ def set_up(c, after, stop):
 
 
 def make_model(c, ranks, report, begins):
-    """The converted model on its device or, where ranks share it, this rank's part; with the weights of the
-    seed if the run begins."""
+    """The converted model on its device. Where ranks share it: this rank's part, filled if the run begins."""
     torch.manual_seed(c.seed)
     if ranks.sharded:
         model = ranks.split(nvfp4.convert(outline(c.model), c.fp4, report))
-        if c.parallel == "fsdp":                    # 4-bit weights go with those they were made of
+        if c.parallel == "fsdp":                    # FSDP frees a block's weights: so do we with 4-bit ones
             for block in model.blocks:
                 block.register_forward_hook(nvfp4.forget_weights, always_call=True)
         if begins:
-            ranks.fill(model, build(c.model) if ranks.first else model)
+            ranks.fill(model, build(c.model) if ranks.first else None)      # the first rank hands them out
     else:
         model = nvfp4.convert(build(c.model).to(ranks.device), c.fp4, report)
     model.activation_checkpointing = c.activation_checkpointing
@@ -594,10 +604,11 @@ def train(c, stop=None):
     """
     stop, run = stop or Stop(), None
     advice = f"lower batch_size={c.batch_size} (and raise gradient_accumulation_steps) or the model's sizes"
-    with contextlib.ExitStack() as after, naming_memory(advice):    # this process may do other things
-        after.callback(nvfp4.use_compiler, nvfp4.use_compiler(c.compile))
+    with contextlib.ExitStack() as after, naming_memory(advice):
+        before = nvfp4.use_compiler(c.compile)
+        after.callback(nvfp4.use_compiler, before)  # a caller in this process gets its setting back
         run = set_up(c, after, stop)
-        stop.begun, stop.times = True, run.times
+        stop.begun, stop.times = True, run.times    # from here on a signal leaves a checkpoint
         with run.ranks.together(), run.trace or contextlib.nullcontext():
             try:
                 return loop(run, stop)

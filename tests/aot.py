@@ -3,8 +3,9 @@
 Each in the configurations that training uses: {"kernel, configuration": {chip: facts}}. test_kernels.py runs
 it in a process of its own, because Triton's interpreter, under which the other tests run, does not compile.
 
-    python tests/aot.py             all of them: two minutes on one core
+    python tests/aot.py             all facts, as JSON: two minutes on one core
     python tests/aot.py --few       a few of them, in seconds
+    python tests/aot.py --floors    how fast quantizing can be at best, as a table: an estimate
 """
 import collections
 import json
@@ -28,6 +29,24 @@ CHIPS = (80, 90, 100, 103, 120)
 FEW = {90: ("amax bf16, plain", "starved codes, stochastic", "ordered maximum"),
        100: ("quantize x, evaluation", "quantize codes, stochastic", "matmul bf16, native")}
 INSTRUCTIONS = r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync|cvt\.r[ns]\.satfinite\.e2m1)([\w.:]*)"
+
+# ---------------------------------------------------------------- floors: what is assumed
+# None of it was measured by us. sms and warps (the most that an SM holds) are from the data sheets; ghz is a
+# clock kept under load, somewhat below the boost; tb_s is 87 % of the data sheet's bandwidth, as a copy gets.
+
+SIZE = 8192                                         # of a matrix SIZE x SIZE
+CARDS = {90: {"name": "H100 SXM", "sms": 132, "ghz": 1.70, "tb_s": 2.9, "warps": 64},
+         100: {"name": "B200", "sms": 148, "ghz": 1.85, "tb_s": 7.0, "warps": 64},
+         120: {"name": "RTX 5090", "sms": 170, "ghz": 2.40, "tb_s": 1.55, "warps": 48}}
+REGISTERS = 65536                                   # of an SM, a quarter for every fourth warp
+# Threads that an SM serves in a clock. ALU: integers, logic, shifts, comparisons, minima. FMA: sums and
+# products of fp32; IMAD, products of integers, has half of that pipe. XU: reciprocals, conversions between
+# int and float. LSU: memory and shuffles. all: what four schedulers issue, also what no pipe here names.
+LANES = {"ALU": 64, "FMA": 128, "IMAD": 64, "XU": 16, "LSU": 32, "all": 128}
+PIPES = {"ALU": "V?IADD3? LOP3 LEA SH[FLR] SGXT (F|VI)MNMX3? VIADDMNMX [FI]SETP F?SEL PRMT PLOP3 P2R "
+                "R2P IABS VABSDIFF4? FCHK F2FP I2FP MOV VOTE",
+         "FMA": "[FH](ADD|MUL|FMA)2?", "IMAD": "IMAD", "XU": "MUFU F2I I2F FLO POPC",
+         "LSU": "LD[GSL] ST[GSL] ATOM[GS]? REDG? SHFL"}
 
 
 def how(height=1, stochastic=False, rotate=False, decode=False, ptx=False, swizzled=False):
@@ -84,6 +103,73 @@ def configurations(chip):
                nvfp4.NATIVE_OPTIONS)
 
 
+def parsed(sass):
+    """cuobjdump's listing as (place, guard, name, operands) of each instruction."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z]\w*)([^;]*);", sass)
+    return [(int(place, 16), *others) for place, *others in lines]
+
+
+def executed(code):
+    """The instructions that a thread executes, by name, on the shortest way through a kernel without loops.
+
+    There are branches around the rare cases of a division and around the one store of a single program; the
+    shortest way takes neither. An instruction that a predicate may switch off counts, for it is issued.
+    """
+    names, jumps, rest = {}, {}, {}                 # rest: (instructions until the end, next place)
+    after = None
+    for place, guard, name, operands in reversed(code):
+        names[place], next_places = name, [after]
+        if name == "BRA":
+            jumps[place] = int(re.search("0x([0-9a-f]+)", operands)[1], 16)
+            conditional = guard or "," in operands
+            next_places = [after, jumps[place]] if conditional else [jumps[place]]
+        elif name in ("CALL", "RET"):               # the rare cases are subroutines
+            next_places = []
+        known = [(rest[n][0] + 1, n) for n in next_places if n in rest]
+        rest[place] = min(known, default=(float("inf"), None))
+        if name == "EXIT" and not guard:
+            rest[place] = (1, None)
+        after = place
+    counts, place = collections.Counter(), min(names)
+    assert rest[place][0] < float("inf"), "no way to the end"
+    while place is not None:
+        assert jumps.get(place, place + 1) > place, "a loop: its instructions are executed more than once"
+        counts[names[place]] += 1
+        place = rest[place][1]
+    return counts
+
+
+def floors(chip, code, registers, types, constants):
+    """What limits a quantize or amax kernel: instructions a value of x, by pipe, and the least microseconds
+    that its arithmetic and its memory take for a matrix of SIZE x SIZE. What threads wait for counts wherever
+    it stands in the code."""
+    counts, anywhere = executed(code), collections.Counter(name for _, _, name, _ in code)
+    pipes = {pipe: sum(n for name, n in counts.items() if re.fullmatch(names.replace(" ", "|"), name))
+             for pipe, names in PIPES.items()} | {"all": counts.total()}
+    values, threads = nvfp4.TILE ** 2, 32 * nvfp4.QUANTIZE_OPTIONS["num_warps"]
+    result = {"per_value": {pipe: round(n * threads / values, 2) for pipe, n in pipes.items()},
+              "barriers": anywhere["BAR"], "shared_accesses": anywhere["LDS"] + anywhere["STS"],
+              "fences": anywhere["MEMBAR"] + anywhere["CCTL"]}
+    if chip not in CARDS:
+        return result
+    card = CARDS[chip]
+    allotted = -(-registers // 8) * 8
+    warps = 4 * min(REGISTERS // 4 // (32 * allotted), card["warps"] // 4)
+    size = {"*bf16": 2, "*fp32": 4, "*i64": 0.5}    # bytes a value; a 64-bit word holds 16 codes
+    traffic = size[types["x_ptr"]]
+    for side in ("row", "col"):
+        flags = constants.get(side.upper())
+        if f"{side}_ptr" in types and flags:        # not the amax kernel, which writes nothing
+            lines = 1 if flags[6] else flags[0]     # that share a scale
+            traffic += size[types[f"{side}_ptr"]] + 1 / (16 * lines)
+    clocks = {pipe: n * threads / LANES[pipe] for pipe, n in pipes.items()}
+    clocks["FMA"] += pipes["IMAD"] * threads / LANES["FMA"]
+    bound, programs = max(clocks, key=clocks.get), SIZE ** 2 / values
+    return result | {"warps": warps, "bound": bound,
+                     "arithmetic_us": round(clocks[bound] * programs / card["sms"] / card["ghz"] / 1e3, 1),
+                     "memory_us": round(SIZE ** 2 * traffic / card["tb_s"] / 1e6, 1)}
+
+
 def facts(place):
     """Compile configuration number n for a chip: [name, chip, facts]."""
     chip, n = place
@@ -104,9 +190,23 @@ def facts(place):
              **{fact.lower(): int(re.search(rf"{fact}:(\d+)", usage).group(1))  # STACK: where registers spill
                 for fact in ("REG", "STACK", "LOCAL")},
              "shared": binary.metadata.shared}
-    names = collections.Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+)?\s*([A-Z]\w*)", sass))
-    return name, chip, found | {"barriers": names["BAR"], "shared_accesses": names["LDS"] + names["STS"],
-                                "fences": names["MEMBAR"] + names["CCTL"]}
+    if not name.startswith("matmul"):
+        found |= floors(chip, parsed(sass), found["reg"], types, constants)
+    return name, chip, found
+
+
+def print_floors(table):
+    """Markdown: a line a configuration and card."""
+    columns = [*LANES, "barriers", "shared accesses", "registers", "warps", "arithmetic us", "memory us"]
+    print(f"| {SIZE} x {SIZE} | card | " + " | ".join(columns) + " |")
+    print("|---|---" + "|---:" * len(columns) + "|")
+    for name, chips in sorted(table.items()):
+        for chip, found in sorted(chips.items()):
+            if "arithmetic_us" in found and name.startswith(("amax", "quantize")):
+                cells = [*(f"{found['per_value'][pipe]:.1f}" for pipe in LANES), found["barriers"],
+                         found["shared_accesses"], found["reg"], found["warps"],
+                         f"{found['arithmetic_us']:.0f} ({found['bound']})", f"{found['memory_us']:.0f}"]
+                print(f"| {name} | {CARDS[chip]['name']} | " + " | ".join(map(str, cells)) + " |")
 
 
 def every(places, few):
@@ -119,14 +219,18 @@ def every(places, few):
 
 
 def main(argv):
-    if argv not in ([], ["--few"]):
-        sys.exit(f"tests/aot.py takes --few or nothing, not {' '.join(argv)}")
-    few, table = bool(argv), {}
-    places = [(chip, n) for chip in CHIPS for n, (name, *_) in enumerate(configurations(chip))
+    if argv not in ([], ["--few"], ["--floors"]):
+        sys.exit(f"tests/aot.py takes --few, --floors or nothing, not {' '.join(argv)}")
+    few, floors_alone, table = "--few" in argv, "--floors" in argv, {}
+    chips = CARDS if floors_alone else CHIPS
+    places = [(chip, n) for chip in chips for n, (name, *_) in enumerate(configurations(chip))
               if not few or name in FEW.get(chip, ())]
     for name, chip, found in every(places, few):
         table.setdefault(name, {})[chip] = found
-    print(json.dumps(table, indent=1, sort_keys=True))
+    if floors_alone:
+        print_floors(table)
+    else:
+        print(json.dumps(table, indent=1, sort_keys=True))
 
 
 if __name__ == "__main__":

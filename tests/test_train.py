@@ -667,11 +667,12 @@ def test_a_run_is_sampled_with_its_own_tokenizer(tiny, dataset, tmp_path):
 # ---------------------------------------------------------------- what a fork changes; see test_ranks.py too
 
 def test_a_curriculum_of_lengths(tiny, tmp_path, monkeypatch, capsys):
-    """train.context() is all that a fork replaces: tokens, batches, MFU and gradient noise follow, and a
-    resumed run is the same, bit for bit."""
+    """train.sequence_length() is all that a fork replaces. Tokens, batches, MFU and gradient noise follow. A
+    resumed run is the same bit for bit."""
     settings = {"max_steps": 6, "gradient_noise": True, "eval_interval": 3, "log_interval": 1}
     train.main(tiny(tmp_path / "short", **settings, block_size=16))
-    monkeypatch.setattr(train, "context", lambda c, step: c.model.block_size // (2 if step < 3 else 1))
+    monkeypatch.setattr(train, "sequence_length",
+                        lambda c, step: c.model.block_size // (2 if step < 3 else 1))
     monkeypatch.setattr(train, "usual", lambda times: 1.0)
     monkeypatch.setattr(train, "peak_flops", lambda device: 1e6)
     capsys.readouterr()
