@@ -1114,7 +1114,7 @@ def can_compile(kind):
         torch.compile(probe)(torch.zeros(32, device=kind))
         return True
     except Exception as error:
-        why = f"{type(error).__name__}: " + str(error).strip().partition("\n")[0]
+        why = f"{type(error).__name__}: " + " ".join(str(error).strip().splitlines()[:2])
         print(f"torch.compile does not work here: nothing is fused, all is several times slower ({why})",
               file=sys.stderr)
         return False
