@@ -87,6 +87,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 try:
@@ -861,7 +862,8 @@ class FP4Linear(torch.nn.Linear):
 
     def __init__(self, linear, cfg, index=0):
         vars(self).update(vars(linear))             # parameters, hooks, mode
-        self.plain = type(linear)                   # the class that it was
+        self.plain = vars(linear).get("plain", type(linear))        # the class that it was
+        self.quantized = self.seen = self.drawn = None
         self.cfg, self.index = cfg, index           # index: which linear layer, for the random stream
         # no buffer: DistributedDataParallel would overwrite it with the first rank's
         self.keys = layer_keys(0, 0, 0, index)
@@ -992,8 +994,10 @@ class high_precision:
             m.cfg = m.cfg.without(self.gemms)
 
     def __exit__(self, *_):
-        for m, before in zip(self.layers, self.before, strict=True):
-            m.cfg, m.quantized, m.seen = before
+        for m, (cfg, quantized, seen) in zip(self.layers, self.before, strict=True):
+            m.cfg = cfg
+            if m.quantized is not None:             # train() and eval() let it go
+                m.quantized, m.seen = quantized, seen
 
 
 def convert(model, cfg, report=print):
@@ -1005,8 +1009,12 @@ def convert(model, cfg, report=print):
     whose size does not fit; then nothing is converted
     """
     for m in fp4_layers(model):
-        m.revert()
-    linears = {layer_name(name): m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        if type(m) is m.cfg.layer:                  # not one that was parametrized meanwhile
+            m.revert()
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    if list(model._modules) == ["module"]:          # DistributedDataParallel
+        linears = {name.removeprefix("module."): m for name, m in linears.items()}
+    linears = {WRAPPERS.sub("", name): m for name, m in linears.items()}
     if "" in linears:
         raise ValueError("the model is itself a linear layer; use cfg.layer(model, cfg)")
     if not cfg.gemms:
@@ -1047,16 +1055,15 @@ def convert(model, cfg, report=print):
     return model
 
 
-def layer_name(name):
-    """A layer's name without what torch.compile and DistributedDataParallel put before it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+# torch.compile, FSDP and activation checkpointing put these into the names of layers.
+WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 
 
 def is_plain(linear):
     """Whether a layer computes x w^T + b and no more, or that for experts (weight (E, N, K)). A subclass, a
     parametrization, an adapter, a forward or a buffer of its own would be lost."""
     weight = linear._parameters.get("weight")
-    return (weight is not None and not torch.nn.parameter.is_lazy(weight)
+    return (type(weight) in (torch.nn.Parameter, DTensor)
             and (type(linear) is torch.nn.Linear or weight.dim() == 3)
             and linear._parameters.keys() == {"weight", "bias"}
             and not linear._buffers and not linear._modules and "forward" not in vars(linear))

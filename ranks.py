@@ -50,13 +50,14 @@ class Ranks:
 
     def __init__(self, parallel="ddp"):
         self.rank, self.world = of_launcher("RANK", 0), of_launcher("WORLD_SIZE", 1)
-        self.local, self.beside = of_launcher("LOCAL_RANK", 0), of_launcher("LOCAL_WORLD_SIZE", 1)
+        self.local, self.beside = of_launcher("LOCAL_RANK", 0), max(1, of_launcher("LOCAL_WORLD_SIZE", 1))
         if self.rank >= self.world:
             raise UserError(f"RANK={self.rank} in the environment must be below WORLD_SIZE={self.world}; "
                             "unset both, or use torchrun")
-        if self.world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            raise UserError(f"WORLD_SIZE={self.world} in the environment: MASTER_ADDR and MASTER_PORT must "
-                            "say where ranks meet; set them, or use torchrun")
+        if self.world > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise UserError(f"WORLD_SIZE={self.world} in the environment: RANK, MASTER_ADDR and MASTER_PORT "
+                            "must say who this is and where ranks meet; set them, or use torchrun")
+        of_launcher("MASTER_PORT", 0)
         self.first = self.rank == 0                 # the one that writes and speaks
         self.parallel = parallel
         self.sharded = parallel != "ddp" and self.world > 1
@@ -145,7 +146,7 @@ class Ranks:
         if self.world > 1 and not self.sharded:
             gpus = [self.device] if self.device.type == "cuda" else None
             self.replica = DistributedDataParallel(model, device_ids=gpus, broadcast_buffers=False,
-                                                   gradient_as_bucket_view=True)    # no second copy of them
+                                                   gradient_as_bucket_view=True)    # no copy in the end
 
     def averaging(self, now):
         """The context of a micro-batch; now: it is a step's last. Its backward averages the gradients of all;
@@ -198,9 +199,8 @@ class Ranks:
     @torch.no_grad()
     def restore(self, path, saved, model, optimizer):
         """Give model and optimizer the state of a checkpoint, saved as load_checkpoint() has it, whoever
-        wrote it: one process, or any number of ranks.
-
-        raises  UserError where a file is damaged, or a tensor is not there in its shape and dtype
+        wrote it: one process, or any number of ranks. raises UserError where a file is damaged, or does not
+        fit
         """
         if path.is_file() and not self.sharded:
             try:

@@ -254,7 +254,9 @@ def clip_gradient(model, largest, ranks):
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     here = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    total = sum(torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in here)
+    size = 2**18 if ranks.device.type == "cpu" else 2**26       # no fp64 copy of all, on a CPU one in cache
+    parts = (part for g in here for part in g.flatten().split(size))
+    total = sum((part.double().square().sum() for part in parts), torch.zeros((), device=ranks.device))
     norm = float((ranks.sum(total) if ranks.sharded else total).sqrt().float())
     factor = largest / (norm + 1e-6) if largest else 1.0
     if factor < 1:
@@ -332,7 +334,7 @@ def loop(run, stop):
             row = evaluate(run, step)
             report_evaluation(run, row)
         due = last or step % c.checkpoint_interval == 0
-        if due and (stopped or step > run.first_step):      # the first step holds nothing new to save
+        if due and (stopped or step > run.first_step) and step != run.saved:
             save(run, step)
         written = ranks.finish_saving(wait=last)    # step of a checkpoint in parts that is complete now
         if written is not None:
@@ -479,6 +481,9 @@ def choose_device(c, local_rank=0):
     kind = c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda must find a GPU, and there is none; use --device=cpu")
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(f"LOCAL_RANK={local_rank} must be below the {torch.cuda.device_count()} GPUs of this "
+                        "machine; lower --nproc_per_node")
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     fast = kind == "cuda" or nvfp4.cpu_has_bf16()
     dtype = torch.float32 if c.dtype == "float32" or (c.dtype == "auto" and not fast) else torch.bfloat16
@@ -551,7 +556,7 @@ def set_up(c, after, stop):
     # --- model and optimizer, new or from the checkpoint
     converted = []
     try:
-        check_memory(c, outline(c.model), ranks)
+        ranks.each(check_memory, c, outline(c.model), ranks)
         model = make_model(c, ranks, converted.append, begins=not saved)
     except ValueError as error:                     # sizes that do not fit each other, or the format's blocks
         raise UserError(str(error)) from None
@@ -613,6 +618,9 @@ def train(c, stop=None):
             try:
                 return loop(run, stop)
             except UserError as error:
+                if isinstance(error, Diverged):     # on all ranks: a checkpoint on its way can still arrive
+                    written = run.ranks.finish_saving()
+                    run.saved = run.saved if written is None else written
                 left = "there is no checkpoint"
                 if run.saved is not None:
                     left = f"the checkpoint of step {run.saved} is whole"

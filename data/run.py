@@ -312,7 +312,8 @@ def load_checkpoint(path):
                             ) from None
         if flipped:
             raise UserError(f"{path}: damaged on disk, in {flipped}; copy it anew, or start another run")
-    if not isinstance(saved, dict) or not {"step", "config", "origin"} <= saved.keys():
+    needed = {"step", "config", "origin"} | ({"files"} if path.is_dir() else {"model", "optimizer"})
+    if not isinstance(saved, dict) or not needed <= saved.keys() or not isinstance(saved["config"], dict):
         raise UserError(f"{path}: not a checkpoint of this code")
     return saved
 
