@@ -607,7 +607,7 @@ def train(c, stop=None):
 
     raises  UserError: Finished, Diverged and others. One that ends a run says what is left of it
     """
-    stop, run = stop or Stop(), None
+    stop = stop or Stop()
     advice = f"lower batch_size={c.batch_size} (and raise gradient_accumulation_steps) or the model's sizes"
     with contextlib.ExitStack() as after, naming_memory(advice):
         before = nvfp4.use_compiler(c.compile)
