@@ -1000,6 +1000,20 @@ class high_precision:
                 m.quantized, m.seen = quantized, seen
 
 
+# torch.compile, FSDP and activation checkpointing put these into the names of layers.
+WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+
+
+def is_plain(linear):
+    """Whether a layer computes x w^T + b and no more, or that for experts (weight (E, N, K)). A subclass, a
+    parametrization, an adapter, a forward or a buffer of its own would be lost."""
+    weight = linear._parameters.get("weight")
+    return (type(weight) in (torch.nn.Parameter, DTensor)
+            and (type(linear) is torch.nn.Linear or weight.dim() == 3)
+            and linear._parameters.keys() == {"weight", "bias"}
+            and not linear._buffers and not linear._modules and "forward" not in vars(linear))
+
+
 def convert(model, cfg, report=print):
     """Turn the model's nn.Linear layers into FP4Linear, in place, where the policy of cfg lets them.
 
@@ -1053,20 +1067,6 @@ def convert(model, cfg, report=print):
             line += f"; fp4_skip={glob} names no linear layer"
     report(line)
     return model
-
-
-# torch.compile, FSDP and activation checkpointing put these into the names of layers.
-WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
-
-
-def is_plain(linear):
-    """Whether a layer computes x w^T + b and no more, or that for experts (weight (E, N, K)). A subclass, a
-    parametrization, an adapter, a forward or a buffer of its own would be lost."""
-    weight = linear._parameters.get("weight")
-    return (type(weight) in (torch.nn.Parameter, DTensor)
-            and (type(linear) is torch.nn.Linear or weight.dim() == 3)
-            and linear._parameters.keys() == {"weight", "bias"}
-            and not linear._buffers and not linear._modules and "forward" not in vars(linear))
 
 
 # ================================================================ 2 The same, fast

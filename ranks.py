@@ -167,11 +167,11 @@ class Ranks:
     def save(self, run_folder, model, optimizer, about):
         """Save the state of model and optimizer and about, a dict with its step. Parts are copied and written
         while training goes on; finish_saving() ends that. All ranks call it together. raises UserError"""
+        about = about | {"trained_by": type(optimizer).__name__}
         if not self.sharded:
             path = Path(run_folder, "ckpt.pt")
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **about}
-            self.once(write_whole, {path: lambda file: torch.save(saved, file)})
-            self.once(remove_others, path)
+            self.once(save_file, path, saved)
             return
         self.finish_saving()
         path = Path(run_folder, f"ckpt-{about['step']:09d}")
@@ -202,6 +202,9 @@ class Ranks:
         wrote it: one process, or any number of ranks. raises UserError where a file is damaged, or does not
         fit
         """
+        by = saved.get("trained_by", "AdamW")       # earlier versions had no other
+        if by != type(optimizer).__name__:
+            raise UserError(f"{path}: was trained by {by}; start another --out_dir")
         if path.is_file() and not self.sharded:
             try:
                 model.load_state_dict(saved["model"])
@@ -254,13 +257,23 @@ def begin_state(optimizer):
         group["lr"] = rate
 
 
+def local(tensor):
+    """A tensor, or this rank's part of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def not_finite(tensors):
     """The name of a tensor that is not finite, of those that are here, or None."""
     for name, tensor in tensors.items():
-        here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        here = local(tensor)
         if not math.isfinite(here.sum()) and not here.isfinite().all():         # the sum needs no memory
             return name
     return None
+
+
+def save_file(path, saved):
+    write_whole({path: lambda file: torch.save(saved, file)})
+    remove_others(path)
 
 
 def complete(path, about, sums):

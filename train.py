@@ -27,7 +27,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 import nvfp4
 from configs import config
@@ -40,7 +39,7 @@ from model import (ModelConfig, build, compile_blocks, count_parameters, flops_p
                    rank_bytes, sample_text)
 from nvfp4 import RECIPES
 from papers import PaperConfig, gradient_to_noise
-from ranks import Ranks, not_finite, tensors_of
+from ranks import Ranks, local, not_finite, tensors_of
 
 # ---------------------------------------------------------------- config
 
@@ -213,12 +212,12 @@ def tokens_of(c, step):
     return c.gradient_accumulation_steps * c.batch_size * sequence_length(c, step)
 
 
-def micro_batch(run, step, n):
-    """The n-th micro-batch of a step, counted over all ranks: (idx, targets), int64 (B, T) each."""
+def micro_batches(run, step):
+    """A function of n: micro-batch n of a step, counted over all ranks, as (idx, targets), int64 (B, T)."""
     c, T = run.c, sequence_length(run.c, step)
     shape = c.gradient_accumulation_steps, c.batch_size
     starts = train_starts(len(run.data.train), T, shape, c.seed, step)
-    return batch_at(run.data.train, starts[n], T, run.device)
+    return lambda n: batch_at(run.data.train, starts[n], T, run.device)
 
 
 def training_step(run, step):
@@ -226,11 +225,11 @@ def training_step(run, step):
     c, ranks, model, optimizer = run.c, run.ranks, run.model, run.optimizer
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(c, step)
-    mine = ranks.share(range(c.gradient_accumulation_steps))
+    micro_batch, mine = micro_batches(run, step), ranks.share(range(c.gradient_accumulation_steps))
     mean_loss = torch.zeros((), device=run.device)
     for n in mine:
         nvfp4.set_step(model, c.seed, step, n)      # random bits of this micro-batch
-        idx, targets = micro_batch(run, step, n)
+        idx, targets = micro_batch(n)
         with ranks.averaging(now=n == mine[-1]):
             with run.autocast():
                 loss = ranks.replica(idx, targets) / len(mine)
@@ -253,7 +252,7 @@ def clip_gradient(model, largest, ranks):
     We add squares up in fp64: ranks that share a model add in another order, and fp32 would show it.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    here = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    here = [local(g) for g in gradients]
     size = 2**18 if ranks.device.type == "cpu" else 2**26       # no fp64 copy of all, on a CPU one in cache
     parts = (part for g in here for part in g.flatten().split(size))
     total = sum((part.double().square().sum() for part in parts), torch.zeros((), device=ranks.device))
@@ -295,7 +294,7 @@ def evaluate(run, step):
     if nvfp4.fp4_layers(run.model):
         row["val_loss_fp4"] = validation_loss(run)
     if run.c.gradient_noise:                        # the first micro-batch: all ranks find the same
-        batch = micro_batch(run, step, 0)
+        batch = micro_batches(run, step)(0)
 
         def first_loss():
             with run.autocast():                    # autocast is for the forward alone
@@ -314,8 +313,7 @@ def save(run, step):
     if run.ranks.any(wrong is not None):
         raise Diverged(f"step {step}: {wrong or 'a tensor'} is not finite")
     run.ranks.once(run.log.sync)                    # no checkpoint without the rows before it
-    about = {"step": step, "config": flatten(c), "origin": run.data.origin, "rows": run.log.crc_before,
-             "trained_by": type(run.optimizer).__name__}
+    about = {"step": step, "config": flatten(c), "origin": run.data.origin, "rows": run.log.crc_before}
     run.ranks.save(c.out_dir, run.model, run.optimizer, about)
     if not run.ranks.sharded:                       # parts are on their way still
         run.saved = step
@@ -562,9 +560,6 @@ def set_up(c, after, stop):
         raise UserError(str(error)) from None
     optimizer = make_optimizer(model, c)
     if saved:
-        if saved.get("trained_by", "AdamW") != type(optimizer).__name__:        # older runs do not say
-            raise UserError(f"--resume: the run in {c.out_dir} was trained by {saved['trained_by']}; start "
-                            "another --out_dir")
         ranks.restore(path, saved, model, optimizer)
 
     # --- the folder, the log, and what they say first

@@ -3,6 +3,7 @@ run computed, to be compared bit for bit.
 
 A process here is a fork: it costs no start of Python, so a test may kill many.
 """
+import inspect
 import json
 import os
 import random
@@ -12,7 +13,9 @@ import sys
 import time
 import traceback
 import warnings
+from pathlib import Path
 
+import pytest
 import torch
 
 from data.run import load_checkpoint, newest_checkpoint
@@ -144,6 +147,16 @@ def status_of(work, before):
 
 def one_line(text):
     return text.count("\n") == 1 and len(text) < LONGEST and "Traceback" not in text
+
+
+def refusal_of(main, argv):
+    """The one line with which main() of a script ends. Python prints it on stderr and exits with 1."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in argv])
+    line = stopped.value.code
+    script = Path(inspect.getfile(inspect.unwrap(main))).name
+    assert isinstance(line, str) and line.startswith(f"{script}: ") and "\n" not in line
+    return line
 
 
 def wait_for(condition, seconds=60):

@@ -29,6 +29,7 @@ from assets import figures  # noqa: E402
 from model import ModelConfig, build  # noqa: E402
 from nvfp4 import OPERANDS, RECIPES, quantize  # noqa: E402
 from papers import PaperConfig  # noqa: E402
+from runs import refusal_of  # noqa: E402
 
 try:
     import matplotlib  # noqa: F401
@@ -455,12 +456,7 @@ def run(*argv):
 
 
 def refusal(*argv):
-    """The one line with which analyze.py ends."""
-    with pytest.raises(SystemExit) as stopped:
-        run(*argv)
-    line = stopped.value.code                       # text: python prints it on stderr and exits with 1
-    assert isinstance(line, str) and line.startswith("analyze.py: ") and "\n" not in line
-    return line
+    return refusal_of(analyze.main, argv)
 
 
 def results(folder, name):

@@ -21,6 +21,7 @@ import train  # noqa: E402
 from assets import experiments  # noqa: E402
 from assets.experiments import ON_WIDTHS, OWN_RECIPE, WIDTHS, Rung, at_width, chance  # noqa: E402
 from data.run import STOPPED, Stop  # noqa: E402
+from runs import refusal_of  # noqa: E402
 from test_analyze import log_of, results  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -37,11 +38,7 @@ def run(*argv):
 
 
 def refusal(*argv):
-    with pytest.raises(SystemExit) as stopped:
-        run(*argv)
-    line = stopped.value.code                       # text: python prints it on stderr and exits with 1
-    assert isinstance(line, str) and line.startswith("experiments.py: ") and "\n" not in line
-    return line
+    return refusal_of(experiments.main, argv)
 
 
 def sizeless(flags):

@@ -35,7 +35,8 @@ from data.run import UserError, load_checkpoint  # noqa: E402
 from data.tokens import prepare, read_tokens, write_tokens  # noqa: E402
 from model import ModelConfig, build, flops_per_token, load_model, outline, rank_bytes  # noqa: E402
 from ranks import tensors_of  # noqa: E402
-from runs import BUG, RUNS, Process, contents, differences, each_step, metrics, one_line, wait_for  # noqa: E402
+from runs import (BUG, RUNS, Process, contents, differences, each_step, metrics, one_line,  # noqa: E402
+                  refusal_of, wait_for)
 from train import load_config, make_config, unflatten  # noqa: E402
 
 CAN_COMPILE = nvfp4.can_compile                     # that of the module, which eager() replaces
@@ -45,12 +46,7 @@ FILES = {"ckpt.pt", "config.json", "log.txt", "metrics.jsonl", "tokenizer.json"}
 
 
 def refusal(argv):
-    """The one line with which train.py ends."""
-    with pytest.raises(SystemExit) as stopped:
-        train.main([str(argument) for argument in argv])
-    line = stopped.value.code                       # text: python prints it on stderr and exits with 1
-    assert isinstance(line, str) and line.startswith("train.py: ") and "\n" not in line
-    return line
+    return refusal_of(train.main, argv)
 
 
 def tried(work, before=lambda: None):
