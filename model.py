@@ -126,6 +126,13 @@ def rope_tables(positions, D, base):
     return angle.cos(), angle.sin()
 
 
+@torch.compiler.assume_constant_result
+def rope_table(T, D, base, device):
+    """rope_tables() of the first T positions. A compiled graph keeps the result: to find cosines for each
+    element, layer and micro-batch would take a GPU a fifth of its time."""
+    return rope_tables(torch.arange(T, device=device), D, base)
+
+
 def rope(x, cos, sin):
     """Rotate the pairs (x_i, x_{i + D/2}) of x (B, H, T, D) by their position's angle; norms stay."""
     a, b = x.float().chunk(2, dim=-1)
@@ -159,6 +166,7 @@ class Mixer(nn.Module):
             apart there is always a dict, with state["starts"] (B, n): for each of the n tokens so far, x
             included, the position at which its document began
     """
+    waits = False                                   # in FP4, for numbers that a GPU finds: then no CUDA graph
 
     def reads(self):
         """[(weight, its axis along the residual stream), ...] of layers that read the stream."""
@@ -227,13 +235,19 @@ class Attention(Mixer):
         B, T, _ = qkv.size()
         q, k, v = qkv.view(B, T, -1, self.D).transpose(1, 2).split([self.H, self.G, self.G], 1)
         if self.rope_base:
-            before = state.get("tokens", 0) if state is not None else 0
-            positions = torch.arange(before, before + T, device=qkv.device)
-            if state and "starts" in state:
-                positions = (positions - state["starts"][:, -T:])[:, None]      # (B, 1, T)
-            cos, sin = rope_tables(positions, self.D, self.rope_base)
+            cos, sin = self.rotations(T, state, qkv.device)
             q, k = rope(q, cos, sin), rope(k, cos, sin)
         return q, k, v
+
+    def rotations(self, T, state, device):
+        """cos and sin of the angles by which T tokens are rotated, (T, D/2) or (B, 1, T, D/2)."""
+        if state is None:
+            return rope_table(T, self.D, self.rope_base, device)
+        before = state.get("tokens", 0)
+        positions = torch.arange(before, before + T, device=device)
+        if "starts" in state:
+            positions = (positions - state["starts"][:, -T:])[:, None]          # (B, 1, T)
+        return rope_tables(positions, self.D, self.rope_base)
 
     def mix(self, q, k, v, state):
         """softmax(q k^T / sqrt(D)) v with the heads side by side: (B, T, H D). With a state, queries also see
@@ -526,6 +540,7 @@ class MoE(Mixer):
     source: 2512.20848
     """
     mlp = MLP
+    waits = True                                    # in FP4, for how many tokens each expert has
     multiple = EXPERT_TOKENS                        # an expert's rows are filled up with zeros to this
 
     def __init__(self, c):

@@ -357,8 +357,10 @@ class Quantized(NamedTuple):
 
     def decode(self, dtype=torch.bfloat16):
         """code * scale, (M, K) in dtype, exact in bf16."""
-        (M, K), codes, scale, form = self.shape, self.codes, self.scale_of_lines(), FORMATS[self.format]
-        decode, b = fused(unpack, codes.device), form.block
+        (M, K), codes, form = self.shape, self.codes, FORMATS[self.format]
+        if kernels_run(codes.device, form):
+            return decode_triton(self, dtype)
+        scale, decode, b = self.scale_of_lines(), fused(unpack, codes.device), form.block
         if is_turned(codes):
             codes = codes.t().reshape(K // b, b // 2, M)
             return decode(codes, scale.permute(1, 2, 0), form, dtype, 2).view(K, M).t()
@@ -1513,6 +1515,26 @@ def _quantize_kernel(x_ptr, R, C, row_ptr, row_scales_ptr, row_s_dec_ptr, row_am
                               COL[6], TILE)
 
 
+@triton.jit
+def _decode_kernel(codes_ptr, scales_ptr, out_ptr, R, C, HEIGHT: tl.constexpr, TILE: tl.constexpr):
+    """Quantized.decode(): code * scale, (R, C). HEIGHT: lines of a block."""
+    n, n_blocks = tl.cdiv(C, TILE), C // 16
+    pid_m, pid_n = tl.program_id(0) // n, tl.program_id(0) % n
+    line = pid_m * TILE + tl.arange(0, TILE)[:, None]
+    block = pid_n * (TILE // 16) + tl.arange(0, TILE // 16)[None, :]
+    inside = (line < R) & (block < n_blocks)
+    word = tl.load(codes_ptr + line.to(tl.int64) * n_blocks + block, mask=inside, other=0)
+    byte = tl.load(scales_ptr + (line // HEIGHT).to(tl.int64) * n_blocks + block, mask=inside, other=0)
+    bits = byte.to(tl.int32)
+    scale = ((bits << 20) + (120 << 23)).to(tl.float32, bitcast=True)           # E4M3's bias is 7, fp32's 127
+    scale = tl.where(bits < 8, bits.to(tl.float32) * 0.001953125, scale)        # below 2^-6: times 2^-9
+    scale = tl.where(bits == 0x7F, float("nan"), scale)
+    values = ()
+    for j in tl.static_range(16):
+        value = _decode((word >> (4 * j)).to(tl.int32)) * 8.507059173023462e37 * scale
+        values = values + (value.to(out_ptr.dtype.element_ty),)
+    _store_blocks(out_ptr, values, R, C, pid_m, pid_n, False, TILE)
+
 
 @functools.cache
 def constant(value, device):
@@ -1584,6 +1606,16 @@ def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
     with on(x.device):
         _quantize_kernel[grid](x, R, C, *pointers, *flags, TILE, **QUANTIZE_OPTIONS)
     return Both(*results)
+
+
+def decode_triton(q, dtype):
+    """Quantized.decode() by the kernel."""
+    (M, K), words = q.shape, q.codes.contiguous().view(torch.int64)             # a block's codes each
+    scales = unswizzle(q.scales, M, K).contiguous().view(torch.uint8)
+    out, grid = q.codes.new_empty((M, K), dtype=dtype), (triton.cdiv(M, TILE) * triton.cdiv(K, TILE),)
+    with on(out.device):
+        _decode_kernel[grid](words, scales, out, M, K, M // len(scales), TILE, **QUANTIZE_OPTIONS)
+    return out
 
 
 # ---------------------------------------------------------------- GEMMs on packed codes

@@ -1,7 +1,7 @@
 """One process, or several that torchrun started: how they talk, how they share one model, and the tensors of
 its checkpoint, which any number of ranks can read.
 
-    ddp     a rank keeps all of the model, and gradients are averaged once a step
+    ddp     a rank keeps all of the model, and gradients are averaged once a step, after its last backward
     zero2   a rank keeps its part of the fp32 weights and of the optimizer's state. The weights are gathered
             once a step, and so quantized once; they stay, and gradients add up, until its last backward
     fsdp    as zero2, but a block's weights are gathered whenever it is used, and its gradients are handed out
@@ -28,7 +28,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from data.run import ABOUT, UserError, explain, naming, remove_others, write_json, write_whole
 
@@ -140,25 +139,30 @@ class Ranks:
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, whole.state_dict() if self.first else {}, options=options)
 
-    def wrap(self, model):
-        """Make self.replica, the model whose backward averages gradients over the ranks."""
-        self.replica = model
+    def agree(self, model):
+        """Give all ranks the first one's weights: another CPU may draw others from the same seed."""
         if self.world > 1 and not self.sharded:
-            gpus = [self.device] if self.device.type == "cuda" else None
-            self.replica = DistributedDataParallel(model, device_ids=gpus, broadcast_buffers=False,
-                                                   gradient_as_bucket_view=True)    # no copy in the end
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0)
 
-    def averaging(self, now):
-        """The context of a micro-batch; now: it is a step's last. Its backward averages the gradients of all;
-        fsdp, which keeps no whole gradients, averages after each."""
+    def before_backward(self, model, last):
+        """Called before each micro-batch; last: of the step. zero2 keeps whole weights and gradients until
+        then; fsdp gathers the ones and hands out the others each time."""
         if self.sharded and self.parallel == "zero2":
-            self.replica.set_requires_gradient_sync(now)
-            self.replica.set_reshard_after_backward(now)
-        accumulating = self.world > 1 and not self.sharded and not now
-        return self.replica.no_sync() if accumulating else contextlib.nullcontext()
+            model.set_requires_gradient_sync(last)
+            model.set_reshard_after_backward(last)
+
+    def average(self, model):
+        """Average a step's gradients over the ranks, where these have whole ones. DistributedDataParallel
+        would begin during the last backward. We wait for its end: so the backward can be a CUDA graph, and a
+        gradient needs no second place in a bucket. Over many micro-batches it comes to the same time."""
+        if self.world > 1 and not self.sharded:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+                work.wait()
+            torch._foreach_div_(gradients, self.world)
 
     def close(self):
-        self.replica = None                         # its reducer goes before the group it talks through
         if self.world > 1:
             dist.destroy_process_group()
 

@@ -194,6 +194,8 @@ class Run:
     tokens: int = 0                                 # trained on so far
     saved: int | None = None                        # step of the newest complete checkpoint
     trace: torch.profiler.profile | None = None     # records a few steps; see trace_of()
+    graph: "Graph | None" = None                    # of the micro-batches, on a GPU; see graph_of()
+    kind: tuple | None = None                       # of the last step: shape and recipes of its micro-batches
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -220,30 +222,107 @@ def micro_batches(run, step):
     return lambda n: batch_at(run.data.train, starts[n], T, run.device)
 
 
+def add_gradients(run, idx, targets):
+    """Forward and backward of a micro-batch -> its part of the mean loss of a rank's step, ()."""
+    with run.autocast():
+        loss = run.model(idx, targets) / (run.c.gradient_accumulation_steps // run.ranks.world)
+    loss.backward()
+    return loss.detach()
+
+
 def training_step(run, step):
     """One optimizer step -> (loss, gradient norm, {name: number} that the model adds to the log)."""
     c, ranks, model, optimizer = run.c, run.ranks, run.model, run.optimizer
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(c, step)
     micro_batch, mine = micro_batches(run, step), ranks.share(range(c.gradient_accumulation_steps))
-    mean_loss = torch.zeros((), device=run.device)
+    graph, mean_loss = graph_of(run, step), torch.zeros((), device=run.device)
     for n in mine:
         nvfp4.set_step(model, c.seed, step, n)      # random bits of this micro-batch
+        ranks.before_backward(model, last=n == mine[-1])
         idx, targets = micro_batch(n)
-        with ranks.averaging(now=n == mine[-1]):
-            with run.autocast():
-                loss = ranks.replica(idx, targets) / len(mine)
-            loss.backward()
-        mean_loss += loss.detach()
+        mean_loss += graph.replay(idx, targets) if graph else add_gradients(run, idx, targets)
+    ranks.average(model)
     loss = float(ranks.mean(mean_loss))
     norm = clip_gradient(model, c.grad_clip, ranks)
     if not math.isfinite(loss) or not math.isfinite(norm):                      # the model stays as it was
         raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}")
     optimizer.step()
     model.normalize_()                              # nGPT: back onto the sphere
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=graph is None)  # a graph adds to gradients where they are
     more = model.after_step(ranks.sum)              # a mixture of experts balances its load
     return loss, norm, more
+
+
+def capture(work, pool):
+    """(CUDA graph of work(), what work() returned: each replay writes it anew, to the same place)."""
+    graph = torch.cuda.CUDAGraph()
+    # errors of this thread alone: NCCL asks for events from another, which would end the capture
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        return graph, work()
+
+
+class Graph:
+    """add_gradients() as a CUDA graph: one launch in place of thousands, with no Python in between.
+
+    To capture is to record kernels: none runs, and nothing may compile. So a step runs as it stands first, and
+    is captured when it comes again. A replay uses the same memory each time: we copy tokens and random keys
+    there, and gradients add up there. Weights are quantized once a step, by a graph of their own.
+    """
+
+    def __init__(self, run, shape):
+        self.layers, pool = nvfp4.fp4_layers(run.model), torch.cuda.graph_pool_handle()
+        self.idx, self.targets = torch.zeros(2, *shape, dtype=torch.int64, device=run.device)
+        self.keys, self.drawn = [m.keys.clone() for m in self.layers], None     # drawn: seed, step of weights
+        for m, keys in zip(self.layers, self.keys, strict=True):
+            m.keys = keys
+        for p in run.model.parameters():
+            p.grad = torch.zeros_like(p)
+        nvfp4.forget_weights(run.model)
+        torch.cuda.empty_cache()                    # a graph has memory of its own
+        if self.layers:                             # what it returns is kept: the second graph reads it
+            self.weights = capture(lambda: [m.current_weight() for m in self.layers], pool)
+        self.micro_batch, self.loss = capture(lambda: add_gradients(run, self.idx, self.targets), pool)
+        nvfp4.forget_weights(run.model)
+
+    def replay(self, idx, targets):
+        self.idx.copy_(idx)
+        self.targets.copy_(targets)
+        if self.layers:
+            torch._foreach_copy_(self.keys, [m.keys for m in self.layers])
+            if self.drawn != self.layers[0].drawn:
+                self.drawn = self.layers[0].drawn
+                self.weights[0].replay()
+        self.micro_batch.replay()
+        return self.loss
+
+
+def why_no_graph(run):
+    """Why micro-batches are no CUDA graph, in words; None: they are."""
+    if run.device.type != "cuda" or not run.c.compile:
+        return "a GPU and --compile are needed"
+    if run.ranks.sharded:
+        return "ranks exchange weights and gradients meanwhile"
+    if run.c.model.document_start is not None:
+        return "documents are kept apart"
+    if nvfp4.fp4_layers(run.model) and any(block.mixer.waits for block in run.model.blocks):
+        return "experts wait to know how many tokens each has"
+    return None
+
+
+def graph_of(run, step):
+    """The Graph of this step's micro-batches. None: they run as they stand, also in the first step of a kind;
+    another recipe or length is another kind."""
+    if why_no_graph(run):
+        return None
+    shape = run.c.batch_size, sequence_length(run.c, step)
+    kind = shape, [m.cfg for m in nvfp4.fp4_layers(run.model)]
+    if run.kind != kind:
+        run.kind, run.graph = kind, None
+        run.optimizer.zero_grad(set_to_none=True)
+    elif run.graph is None:
+        run.graph = Graph(run, shape)
+    return run.graph
 
 
 def clip_gradient(model, largest, ranks):
@@ -251,11 +330,8 @@ def clip_gradient(model, largest, ranks):
 
     We add squares up in fp64: ranks that share a model add in another order, and fp32 would show it.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    here = [local(g) for g in gradients]
-    size = 2**18 if ranks.device.type == "cpu" else 2**26       # no fp64 copy of all, on a CPU one in cache
-    parts = (part for g in here for part in g.flatten().split(size))
-    total = sum((part.double().square().sum() for part in parts), torch.zeros((), device=ranks.device))
+    here = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    total = torch.stack(torch._foreach_norm(here, dtype=torch.float64)).square().sum()
     norm = float((ranks.sum(total) if ranks.sharded else total).sqrt().float())
     factor = largest / (norm + 1e-6) if largest else 1.0
     if factor < 1:
@@ -367,6 +443,9 @@ def introduce(run, notes):
     run.log(nvfp4.capability(run.device, c.fp4.format))
     for note in notes:
         run.log(note)
+    if run.device.type == "cuda":
+        why = why_no_graph(run)
+        run.log(f"no CUDA graph: {why}" if why else "micro-batches are a CUDA graph from the second step on")
     unigram = unigram_loss(run.data.train, run.data.val)
     run.log(f"token frequencies alone would give a validation loss of {unigram:.4f}")
 
@@ -577,7 +656,6 @@ def set_up(c, after, stop):
     introduce(run, [*converted, *notes])
     if compile_model(model, c):
         log("compiling: the first step takes a minute or so; the next run finds the kernels cached")
-    ranks.wrap(model)
     return run
 
 
@@ -593,6 +671,7 @@ def make_model(c, ranks, report, begins):
             ranks.fill(model, build(c.model) if ranks.first else None)      # the first rank hands them out
     else:
         model = nvfp4.convert(build(c.model).to(ranks.device), c.fp4, report)
+        ranks.agree(model)
     model.activation_checkpointing = c.activation_checkpointing
     return model
 

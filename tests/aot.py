@@ -86,6 +86,8 @@ def configurations(chip):
                       f"{side}_s_dec_ptr": "*fp32", f"{side}_amax_ptr": "*fp32", f"{side}_key_ptr": "*i64"}
         yield (f"quantize {name}", nvfp4._quantize_kernel, types,
                {"ROW": row, "COL": col, "TILE": nvfp4.TILE}, nvfp4.QUANTIZE_OPTIONS)
+    yield ("decode x", nvfp4._decode_kernel, {"codes_ptr": "*i64", "scales_ptr": "*u8", "out_ptr": "*bf16"},
+           {"HEIGHT": 1, "TILE": nvfp4.TILE}, nvfp4.QUANTIZE_OPTIONS)
     if chip == 90:                                  # a control: too few registers, which must be seen
         yield (f"starved {name}", nvfp4._quantize_kernel, types,
                {"ROW": row, "COL": col, "TILE": nvfp4.TILE}, nvfp4.QUANTIZE_OPTIONS | {"maxnreg": 32})
@@ -156,7 +158,9 @@ def floors(chip, code, registers, types, constants):
     allotted = -(-registers // 8) * 8
     warps = 4 * min(REGISTERS // 4 // (32 * allotted), card["warps"] // 4)
     size = {"*bf16": 2, "*fp32": 4, "*i64": 0.5}    # bytes a value; a 64-bit word holds 16 codes
-    traffic = size[types["x_ptr"]]
+    traffic = size[types.get("x_ptr", "*i64")]      # what is decoded is codes
+    if "out_ptr" in types:
+        traffic += size[types["out_ptr"]] + 1 / 16
     for side in ("row", "col"):
         flags = constants.get(side.upper())
         if f"{side}_ptr" in types and flags:        # not the amax kernel, which writes nothing
@@ -202,7 +206,7 @@ def print_floors(table):
     print("|---|---" + "|---:" * len(columns) + "|")
     for name, chips in sorted(table.items()):
         for chip, found in sorted(chips.items()):
-            if "arithmetic_us" in found and name.startswith(("amax", "quantize")):
+            if "arithmetic_us" in found and name.startswith(("amax", "quantize", "decode")):
                 cells = [*(f"{found['per_value'][pipe]:.1f}" for pipe in LANES), found["barriers"],
                          found["shared_accesses"], found["reg"], found["warps"],
                          f"{found['arithmetic_us']:.0f} ({found['bound']})", f"{found['memory_us']:.0f}"]

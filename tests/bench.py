@@ -237,7 +237,6 @@ def training_step(c):
     model = convert(build(c.model).to(device), c.fp4, report=lambda line: None)
     optimizer = train.make_optimizer(model, c)
     train.compile_model(model, c)
-    ranks.wrap(model)
     ids = np.random.default_rng(0).integers(c.model.vocab_size, size=64 * c.model.block_size)
     data = train.Data(train=ids, val=ids, header=None, tokenizer=None, vocab_size=c.model.vocab_size)
     run = train.Run(c, ranks, device, dtype, data, model, optimizer, log=None, first_step=0,

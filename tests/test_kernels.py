@@ -110,6 +110,22 @@ def test_quantize_kernel_is_the_definition(kind, dtype, n):
         assert all(map(agree, kernels(x, rows, columns), want)), (shape, rows, columns)
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "subnormal", "nan"])
+def test_decode_kernel_is_the_definition(kind):
+    """Bit for bit, whatever the shape, NaN and subnormal scales among them; a control with other scales."""
+    x = sample_of(kind, (80, 112), FP32) * torch.logspace(-7, 0, 80)[:, None]
+    for square, dtype in product((False, True), DTYPES):
+        q = quantize(x, square=square)
+        want, there = q.decode(dtype), Quantized(*(t.to(DEVICE) for t in q[:3]))
+        assert same(nvfp4.decode_triton(there, dtype).cpu(), want)
+        swizzled = there._replace(scales=nvfp4.swizzle(there.scales, 80))
+        assert same(nvfp4.decode_triton(swizzled, dtype).cpu(), want)
+    x = gaussian(32, 64)
+    there = Quantized(*(t.to(DEVICE) for t in quantize(x)[:3]))
+    for wrong in ({"scales": there.scales.flip(0)}, {"codes": there.codes.flip(1)}):
+        assert not same(nvfp4.decode_triton(there._replace(**wrong), BF16).cpu(), quantize(x).decode())
+
+
 def test_block_scales_of_all_sizes():
     """E4M3's subnormal ones too, and maxima that a rotation leaves between two numbers of bf16."""
     x = (gaussian(64, 64) * torch.logspace(-7, 0, 64)[:, None]).bfloat16()

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
@@ -82,6 +83,108 @@ def saved_step(folder):
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- CUDA graphs
+
+class Recorded:
+    """Plays a CUDA graph where there is none. Recording leaves no trace; a replay does the work in the memory and by
+    the attributes that layers had then. What was not copied there it does not see."""
+    run = None
+
+    def __init__(self, work, pool):
+        self.work, self.layers = work, nvfp4.fp4_layers(self.run.model)
+        self.gradients = [p.grad for p in self.run.model.parameters()]
+        self.there = [dict(vars(m)) for m in self.layers]
+        before = [g.clone() for g in self.gradients]
+        self.result = work()
+        torch._foreach_copy_(self.gradients, before)
+
+    def replay(self):
+        assert all(p.grad is g for p, g in zip(self.run.model.parameters(), self.gradients, strict=True))
+        now, real = [dict(vars(m)) for m in self.layers], nvfp4.FP4Linear.current_weight
+        for m, there in zip(self.layers, self.there, strict=True):
+            vars(m).update(there)
+        try:
+            nvfp4.FP4Linear.current_weight = lambda m: m.quantized or real(m)
+            for old, new in zip(tree_leaves(self.result), tree_leaves(self.work()), strict=True):
+                old.copy_(new)
+        finally:
+            nvfp4.FP4Linear.current_weight = real
+            for m, later in zip(self.layers, now, strict=True):
+                vars(m).update(later)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """A function from which on micro-batches are captured. It returns their shapes, a list that grows."""
+    made = []
+
+    class Graph(train.Graph):
+        def __init__(self, run, shape):
+            Recorded.run = run
+            made.append(shape)
+            super().__init__(run, shape)
+
+    def capture(work, pool):
+        recorded = Recorded(work, pool)
+        return recorded, recorded.result
+
+    def begin():
+        monkeypatch.setattr(train, "Graph", Graph)
+        monkeypatch.setattr(train, "capture", capture)
+        monkeypatch.setattr(train, "why_no_graph", lambda run: None)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        return made
+    return begin
+
+
+@pytest.mark.parametrize("kind, captured", [("plain", 1), ("ngpt", 1), ("gpt, all random", 2)])
+def test_graphs_change_no_bit(tiny, whole, tmp_path, graphs, kind, captured):
+    """Of weights, moments and metrics: new tokens, keys and weights reach what was recorded, and gradients add up. A
+    recipe that changes on the way is recorded anew."""
+    right, made = whole(kind), graphs()
+    train.main(tiny(tmp_path, **RUNS[kind]))
+    assert differences(tmp_path, right) == set() and made == captured * [(2, 32)]
+
+
+@pytest.mark.parametrize("forgotten", ["idx", "keys", "weights"])
+def test_control_what_is_not_copied_is_noticed(tiny, whole, tmp_path, monkeypatch, graphs, forgotten):
+    right, replay = whole("gpt, all random"), train.Graph.replay
+    graphs()
+
+    def wrong(graph, idx, targets):
+        if forgotten == "idx":
+            idx = graph.idx
+        if forgotten == "keys":
+            graph.keys = [keys.clone() for keys in graph.keys]
+        if forgotten == "weights" and graph.drawn:
+            graph.drawn = graph.layers[0].drawn
+        return replay(graph, idx, targets)
+    monkeypatch.setattr(train.Graph, "replay", wrong)
+    train.main(tiny(tmp_path, **RUNS["gpt, all random"]))
+    assert "metrics/4/loss" in differences(tmp_path, right)
+
+
+def test_a_graph_follows_a_change_of_length(tiny, tmp_path, monkeypatch, graphs):
+    """A curriculum, which changes sequence_length() alone: short, long, short again."""
+    monkeypatch.setattr(train, "sequence_length", lambda c, step: 16 if step < 3 or step > 6 else 32)
+    train.main(tiny(tmp_path / "none", max_steps=9))
+    made = graphs()
+    train.main(tiny(tmp_path / "graphs", max_steps=9))
+    assert differences(tmp_path / "graphs", tmp_path / "none") == set()
+    assert made == [(2, 16), (2, 32), (2, 16)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["plain", "ngpt", "gpt, all random"])
+def test_graphs_on_a_gpu_change_no_bit(tiny, tmp_path, monkeypatch, kind):
+    settings = RUNS[kind] | {"device": "cuda", "compile": True, "deterministic": True, "max_steps": 20}
+    train.main(tiny(tmp_path / "graphs", **settings))
+    assert "are a CUDA graph" in (tmp_path / "graphs/log.txt").read_text()
+    monkeypatch.setattr(train, "graph_of", lambda run, step: None)
+    train.main(tiny(tmp_path / "none", **settings))
+    assert differences(tmp_path / "graphs", tmp_path / "none") == set()
 
 
 # ---------------------------------------------------------------- schedule and optimizer
