@@ -23,7 +23,8 @@ Sources: 2410.01131 (nGPT), 2605.06067 appendix A (nGPT with normalized GEMM inp
 
     python model.py configs/ngpt_1b.py --n_layer=10    describe a model: parameters, FLOPs, memory, layers;
                                                        --ranks=8: and what each of them keeps
-    python model.py out/ngpt_tiny "The state of"       sample from a run
+    python model.py out/ngpt_tiny "The state of"       sample from a run; flags of Sampling may follow, as in
+                                                       --temperature=0 --n_tokens=50
 """
 import functools
 import math
@@ -37,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configs.config import Count, NotNegative, Positive, Size, help_fields, read_settings, unflatten
+from configs.config import Count, NotNegative, Positive, Size, Some, help_fields, read_settings, unflatten
 from data.run import UserError, command, load_checkpoint, newest_checkpoint
 from data.tokens import data_folder, load_tokenizer
 from nvfp4 import EXPERT_TOKENS, grouped
@@ -970,6 +971,14 @@ def sample_text(model, tokenizer, prompt="", n_tokens=200, seed=0, **kw):
 OWNERS = (("", ModelConfig),)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    n_tokens: Count = 200                           # length of the text, in tokens
+    temperature: NotNegative = 0.8                  # of the choice; 0: the likeliest token
+    top_k: Some = 50                                # choose among so many tokens; 0: among all
+    seed: Annotated[int, 0, 2**64 - 1] = 0          # of the choice
+
+
 def load_model(folder):
     """The trained model of a run in high precision, its tokenizer, and the run's config: (model, tokenizer,
     {field: value}). raises UserError"""
@@ -992,7 +1001,7 @@ def load_model(folder):
 @command("model.py")
 def main(argv):
     if not argv or "-h" in argv or "--help" in argv:
-        print(f"{__doc__.strip()}\n{help_fields(OWNERS)}")
+        print(f"{__doc__.strip()}\n{help_fields((*OWNERS, ('', Sampling)))}")
     elif argv[0].endswith(".py") or argv[0].startswith("-"):
         flag = next((word for word in argv if word.startswith("--ranks=")), "--ranks=1")
         n_ranks = flag.removeprefix("--ranks=")
@@ -1001,8 +1010,9 @@ def main(argv):
         settings, _ = read_settings([word for word in argv if word != flag], OWNERS, partial=True)
         print(describe(ModelConfig(**settings), int(n_ranks)))
     else:
+        settings, words = read_settings(argv[1:], (("", Sampling),), files=False)
         model, tokenizer, _ = load_model(argv[0])
-        print(sample_text(model, tokenizer, " ".join(argv[1:])))
+        print(sample_text(model, tokenizer, " ".join(words), **settings))
 
 
 if __name__ == "__main__":

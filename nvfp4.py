@@ -1954,6 +1954,9 @@ def describe_operand(cfg, name):
 
 
 def main(argv):
+    if "-h" in argv or "--help" in argv:
+        print(sys.modules["__main__"].__doc__.strip())          # of papers.py, where that was called
+        return
     if argv and argv != ["--json"]:
         use_compiler(False)                         # a few numbers are not worth half a minute
         try:

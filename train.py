@@ -48,6 +48,7 @@ from ranks import Ranks, local, not_finite, tensors_of
 class Config:
     out_dir: str | None = None                      # run folder; None: out/<name of the first config file>
     dataset: str = "sotu"                           # folder below data/, or a path to one
+    init_from: str | None = None                    # run folder, whose weights it begins with; None: random
     recipe: str | None = None                       # FP4 recipe, listed below; None: the architecture's own
     seed: Annotated[int, 0, 2**64 - 1] = 1337       # seeds initialization, data order and stochastic rounding
     # batch
@@ -110,6 +111,9 @@ def make_config(settings, name="run"):
                     min_lr=c.learning_rate / 50 if c.min_lr is None else c.min_lr)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if c.min_lr > c.learning_rate:
+        raise UserError(f"min_lr={c.min_lr} must be learning_rate={c.learning_rate} at most; it is where the "
+                        "rate ends")
     if c.stop_at and c.stop_at > c.max_steps:
         raise UserError(f"stop_at={c.stop_at} must be in [1, {c.max_steps}], max_steps at most")
     return c
@@ -144,14 +148,15 @@ def help_text():
 # ---------------------------------------------------------------- schedule and optimizer
 
 def learning_rate(c, step):
-    if step < c.warmup_steps:
-        return c.learning_rate * (step + 1) / c.warmup_steps
+    """Of a step: the lower one of warm-up and decay, where they meet."""
+    rising = c.learning_rate * (step + 1) / c.warmup_steps if step < c.warmup_steps else math.inf
     if c.schedule == "cosine":
-        t = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
-        return c.min_lr + (c.learning_rate - c.min_lr) * 0.5 * (1 + math.cos(math.pi * t))
-    start = c.max_steps * (1 - c.decay_fraction)
-    t = max(0.0, (step - start) / max(1.0, c.max_steps - start))
-    return c.min_lr + (c.learning_rate - c.min_lr) * (1 - math.sqrt(t))
+        t = max(0.0, (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps))
+        left = 0.5 * (1 + math.cos(math.pi * t))
+    else:
+        start = c.max_steps * (1 - c.decay_fraction)
+        left = 1 - math.sqrt(max(0.0, (step - start) / max(1.0, c.max_steps - start)))
+    return min(rising, c.min_lr + (c.learning_rate - c.min_lr) * left)
 
 
 def make_optimizer(model, c):
@@ -265,9 +270,9 @@ def capture(work, pool):
 class Graph:
     """add_gradients() as a CUDA graph: one launch in place of thousands, with no Python in between.
 
-    To capture is to record kernels: none runs, and nothing may compile. So a step runs as it stands first, and
-    is captured when it comes again. A replay uses the same memory each time: we copy tokens and random keys
-    there, and gradients add up there. Weights are quantized once a step, by a graph of their own.
+    To capture is to record kernels: none runs, and nothing may compile. So a step runs as it stands first,
+    and is captured when it comes again. A replay uses the same memory each time: we copy tokens and random
+    keys there, and gradients add up there. Weights are quantized once a step, by a graph of their own.
     """
 
     def __init__(self, run, shape):
@@ -512,8 +517,8 @@ def peak_flops(device):
 
 # --resume accepts other values of these fields. WATCHING fields place a run or look at it; the others change
 # the order of sums at most. The dataset may move: check_resumable() compares the origin of the data instead.
-WATCHING = ("out_dir", "resume", "stop_at", "device", "eval_interval", "eval_iters", "gradient_noise",
-            "log_interval", "checkpoint_interval", "sample_tokens", "profile", "mirror")
+WATCHING = ("out_dir", "init_from", "resume", "stop_at", "device", "eval_interval", "eval_iters",
+            "gradient_noise", "log_interval", "checkpoint_interval", "sample_tokens", "profile", "mirror")
 FREE = (*WATCHING, "dataset", "compile", "deterministic", "parallel", "activation_checkpointing")
 
 
@@ -522,10 +527,11 @@ def check_resumable(c, saved, origin):
     old, step = saved["config"], saved["step"]
     for note in config.unknown(old, OWNERS):
         raise UserError(f"--resume: the run in {c.out_dir} was {note}; finish it with that version")
+    free = (*FREE, "max_steps") if may_change_length(c, old, step) else FREE
     for name, value in flatten(c).items():
-        if name not in FREE and name in old and old[name] != value:
+        if name not in free and name in old and old[name] != value:
             raise UserError(f"--resume: {name}={value} but the run in {c.out_dir} has {name}={old[name]}; "
-                            f"leave it as it was, or start another --out_dir")
+                            "leave it as it was, or start another --out_dir, --init_from this one")
     if saved["origin"] != origin:
         raise UserError(f"--resume: {c.dataset} is not the data of the run in {c.out_dir} any more "
                         f"({origin}, not {saved['origin']}); prepare that, or start another --out_dir")
@@ -533,6 +539,16 @@ def check_resumable(c, saved, origin):
         raise Finished(f"the run in {c.out_dir} is complete, at step {step}; start another --out_dir")
     if step >= (c.stop_at or c.max_steps):
         raise Finished(f"the run in {c.out_dir} is at step {step} already; raise --stop_at")
+
+
+def may_change_length(c, old, step):
+    """Whether with max_steps as it is now the run would have come to this step in the same way: its rate has
+    not begun to decay, and no GEMM has left FP4."""
+    before = replace(c, max_steps=old["max_steps"])
+    done = step / min(c.max_steps, before.max_steps)
+    last = max(0, step - 1)
+    return (learning_rate(c, last) == learning_rate(before, last)
+            and (c.fp4.until is None or done <= c.fp4.until))
 
 
 def refuse_to_overwrite(c):
@@ -634,7 +650,7 @@ def set_up(c, after, stop):
     converted = []
     try:
         ranks.each(check_memory, c, outline(c.model), ranks)
-        model = make_model(c, ranks, converted.append, begins=not saved)
+        model = make_model(c, ranks, data.tokenizer, converted.append, begins=not saved)
     except ValueError as error:                     # sizes that do not fit each other, or the format's blocks
         raise UserError(str(error)) from None
     optimizer = make_optimizer(model, c)
@@ -659,18 +675,37 @@ def set_up(c, after, stop):
     return run
 
 
-def make_model(c, ranks, report, begins):
-    """The converted model on its device. Where ranks share it: this rank's part, filled if the run begins."""
+def first_weights(c, tokenizer):
+    """The model that a run begins with: with random weights, or with those of the run init_from."""
     torch.manual_seed(c.seed)
+    model = build(c.model)
+    if c.init_from:
+        there, theirs, _ = load_model(os.path.expanduser(c.init_from))
+        for name, value in vars(there.config).items():
+            mine = getattr(model.config, name)
+            if value != mine and name not in ("block_size", "document_start", "mamba_chunk"):
+                raise UserError(f"init_from={c.init_from}: has {name}={value}, not {mine}; give the same")
+        if theirs.name != tokenizer.name:
+            raise UserError(f"init_from={c.init_from}: its tokens are {theirs.name}, not {tokenizer.name}; "
+                            "prepare the text with its tokenizer, or train anew")
+        model.load_state_dict(there.state_dict())
+    return model
+
+
+def make_model(c, ranks, tokenizer, report, begins):
+    """The converted model on its device. Where ranks share it: this rank's part, filled if the run begins."""
     if ranks.sharded:
         model = ranks.split(nvfp4.convert(outline(c.model), c.fp4, report))
         if c.parallel == "fsdp":                    # FSDP frees a block's weights: so do we with 4-bit ones
             for block in model.blocks:
                 block.register_forward_hook(nvfp4.forget_weights, always_call=True)
         if begins:
-            ranks.fill(model, build(c.model) if ranks.first else None)      # the first rank hands them out
+            whole = []
+            ranks.once(lambda: whole.append(first_weights(c, tokenizer)))
+            ranks.fill(model, *whole or [None])     # the first rank hands them out
     else:
-        model = nvfp4.convert(build(c.model).to(ranks.device), c.fp4, report)
+        model = first_weights(c, tokenizer) if begins else build(c.model)
+        model = nvfp4.convert(model.to(ranks.device), c.fp4, report)
         ranks.agree(model)
     model.activation_checkpointing = c.activation_checkpointing
     return model

@@ -174,11 +174,12 @@ def nearest(word, words):
 
 # ---------------------------------------------------------------- files and flags
 
-def read_settings(argv, owners, partial=False):
-    """Config files and --key=value flags, wherever they stand -> ({name: value}, names of the files).
+def read_settings(argv, owners, partial=False, files=True):
+    """Config files and --key=value flags, wherever they stand -> ({name: value}, words that are no flags).
 
     partial  the owners are some of those that a config file sets: its other fields are not our business.
              A flag that is no field is a mistake all the same
+    files    False: what is no flag are other words
     raises   UserError: one line, with the nearest name for one that does not exist
     """
     table, settings = schema(owners), {}
@@ -188,11 +189,11 @@ def read_settings(argv, owners, partial=False):
             raise UserError(f"{where}: no field is called {name}{nearest(name, table)} (-h lists them)")
         settings[name] = typed(name, value, table[name][2])
 
-    files, flags = [], []
+    words, flags = [], []
     for argument in argv:
         name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("-"):
-            files.append(argument)
+            words.append(argument)
         elif equals:
             flags.append((name, value))
         elif name in table and table[name][2] is bool:
@@ -200,13 +201,13 @@ def read_settings(argv, owners, partial=False):
         else:
             example = f"--{name}=VALUE" if name in table else f"--key=value{nearest(name, table)}"
             raise UserError(f"{argument} must be given as {example}")
-    for file in files:
+    for file in words if files else []:
         for name, value in run_file(file).items():
             if name in table or not partial:
                 put(name, value, file)
     for name, value in flags:
         put(name, value, "command line")
-    return settings, files
+    return settings, words
 
 
 def run_file(name):

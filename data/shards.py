@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.run import Lines, UserError, parse_object, sweep, write_whole
+from data.run import Lines, UserError, naming, sweep, write_whole
 from data.tokens import (MIN_SPLIT_BYTES, encode, load_tokenizer, make_tokenizer, read_tokenizer_file,
                          read_tokens, shard_path, token_file, write_tokens)
 
@@ -40,6 +40,7 @@ class Corpus(NamedTuple):
     open: Callable          # open(path, "rb") -> file, also in a process of its own
     field: str = "text"     # the column, or key, of the text
     val_every: int = 1000   # about one document in so many is held out
+    kind: str = "parquet"   # of the files, as kind_of() says
 
 
 class Plan(NamedTuple):
@@ -67,7 +68,9 @@ def prepare_shards(corpus, out, tokenizer="bpe", vocab_size=50304, n_tokens=None
     if (out / "train.bin").exists():
         raise UserError(f"{out}: holds another dataset, train.bin; choose a folder with --out")
     n = max(1, size // SLICE_BYTES)
-    source = f"{corpus.source}, {corpus.field}, 1 in {corpus.val_every} held out, {n} slices, {tokenizer}"
+    known = tokenizer in ("bpe", "gpt2", "bytes") or not Path(tokenizer).is_dir()
+    by = tokenizer if known else load_tokenizer(tokenizer).name
+    source = f"{corpus.source}, {corpus.field}, 1 in {corpus.val_every} held out, {n} slices, {by}"
     source += f" of {vocab_size}" if tokenizer == "bpe" else ""
     print(f"{out}: {len(corpus.files)} files, {size / 1e9:,.2f} GB, in {n} slices", flush=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -142,8 +145,10 @@ def make_shard(plan, number):
         elif room > 0:
             kept.append(json.dumps(text) + "\n")
             room -= len(raw)
-    header, write = token_file(path, np.concatenate(ids) if ids else [], encoding.n_vocab, plan.tokenizer,
-                               plan.source, n_bytes)
+    if not ids:                                     # a long document ends here, and no other begins
+        ids, n_bytes = [encode(["\n"], encoding)], 1
+    header, write = token_file(path, np.concatenate(ids), encoding.n_vocab, plan.tokenizer, plan.source,
+                               n_bytes)
     write_whole({path: write, held: lambda file: file.write("".join(kept).encode())})
     return header
 
@@ -180,18 +185,45 @@ def write_val(plan, count):
 
 # ---------------------------------------------------------------- documents
 
+COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"BZh": "bzip2",
+              b"\xfd7zXZ": "xz"}     # by their first bytes
+
+
+def kind_of(path):
+    """What a file holds: "parquet", "JSON lines" or "text". Its name may be anybody's. raises: UserError"""
+    with naming(path), open(path, "rb") as file:
+        head = file.read(8)
+        file.seek(0)
+        line = next((line for line in file if line.strip()), b"") if head[:4] != b"PAR1" else b""
+    for magic, name in COMPRESSED.items():
+        if head.startswith(magic):
+            raise UserError(f"{path}: is compressed by {name}; unpack it first")
+    return "parquet" if head[:4] == b"PAR1" else "text" if json_object(line) is None else "JSON lines"
+
+
+def json_object(line):
+    """A JSON object in bytes, as a dict; None for all else. NaN and a byte order mark may be there."""
+    try:
+        found = json.loads(line)
+        return found if isinstance(found, dict) else None
+    except (ValueError, RecursionError):
+        return None
+
+
 def documents(corpus, number, n_slices):
     """The texts that begin in a slice, in order, but for empty ones. raises: UserError naming the file"""
     total = sum(size for _, size in corpus.files)
     start, end = total * number // n_slices, total * (number + 1) // n_slices
     for path, size in corpus.files:
         if start < size and end > 0:
-            read = parquet_texts if path.endswith(".parquet") else json_texts
+            read = parquet_texts if corpus.kind == "parquet" else json_texts
             try:
                 with corpus.open(path, "rb") as file:
                     for text in read(file, corpus.field, size, max(start, 0), min(end, size)):
-                        if text is not None and text.strip():
-                            yield text.encode(errors="replace").decode()    # JSON has halves of characters
+                        if not isinstance(text, str | int | float | None):
+                            raise UserError(f"{corpus.field} has a {type(text).__name__}, no text")
+                        if text is not None and str(text).strip():
+                            yield str(text).encode(errors="replace").decode()   # JSON has half characters
             except UserError as error:
                 raise UserError(f"{path}: {error}") from None
             except Exception as error:              # of the system, of pyarrow, of what fetches
@@ -228,7 +260,9 @@ def json_texts(file, field, size, start, end):
         where = f"the line at byte {file.tell():,}"
         line = file.readline()
         if line.strip():
-            record = parse_object(line, where)
+            record = json_object(line)
+            if record is None:
+                raise UserError(f"{where}: damaged, no JSON object")
             if field not in record:
                 raise UserError(f"{where} has no {field}, but {', '.join(record)}; give another --field")
             yield record[field]

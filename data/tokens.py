@@ -373,8 +373,11 @@ def prepare_missing(dataset):
     script = folder / "prepare.py"
     if not (folder / "val.bin").exists() and dataset != "text" and script.exists():
         print(f"preparing {dataset}: python {script}", flush=True)
-        if subprocess.run([sys.executable, str(script)]).returncode:
-            raise UserError(f"dataset={dataset}: {script} failed; see above")
+        done = subprocess.run([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            said = done.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
+            raise UserError(f"dataset={dataset}: {said or f'{script} ended with {done.returncode}'}")
+        print(done.stderr, end="", file=sys.stderr)
 
 
 def load_data(dataset, block_size, vocab_size=None):
@@ -490,7 +493,8 @@ def prepare(train_docs, val_docs, out_dir, source, tokenizer="bpe", vocab_size=4
 
 
 def make_tokenizer(kind, docs, vocab_size):
-    """kind: "bpe", which is trained on docs, an iterable of texts; "gpt2" or "bytes".
+    """kind: "bpe", which is trained on docs, an iterable of texts; "gpt2", "bytes", or the folder of a run or
+    dataset, which has one.
 
     returns: its name, its Encoding and what writes its tokenizer.json. raises: UserError
     """
@@ -500,9 +504,12 @@ def make_tokenizer(kind, docs, vocab_size):
         fewer = f" (not {vocab_size}: nothing else repeats)" if encoding.n_vocab < vocab_size else ""
         print(f"bpe: {encoding.n_vocab} tokens{fewer} from training text")
         return encoding.name, encoding, tokenizer_file(encoding.name, ranks)
-    if kind not in ("gpt2", "bytes"):
-        raise UserError(f"--tokenizer={kind} is unknown; choose bpe, gpt2 or bytes")
-    return kind, load_tokenizer(kind), tokenizer_file(kind)
+    if kind in ("gpt2", "bytes"):
+        return kind, load_tokenizer(kind), tokenizer_file(kind)
+    if not Path(kind).is_dir():
+        raise UserError(f"--tokenizer={kind} is unknown; choose bpe, gpt2, bytes or the folder of a run")
+    encoding, text = load_tokenizer(kind), Path(kind, "tokenizer.json").read_bytes()
+    return encoding.name, encoding, lambda file: file.write(text)
 
 
 def encode(docs, encoding):

@@ -1,6 +1,8 @@
 """Proofs for data/: token files, the BPE trainer, tokenizers, shards, the scripts. None needs a network."""
+import gzip
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -246,9 +248,12 @@ def test_windows_lie_in_the_data_and_reach_its_ends(n_tokens):
 def test_a_dataset_is_a_name_or_a_path_and_prepares_itself_once(tmp_path, capfd):
     assert data_folder("sotu") == REPO / "data" / "sotu" and data_folder(f"{tmp_path}/x") == tmp_path / "x"
     script = tmp_path / "prepare.py"
-    script.write_text("raise SystemExit(1)")
-    with pytest.raises(UserError, match="prepare.py failed; see above$"):
-        prepare_missing(str(tmp_path))
+    for code, says in (("raise SystemExit(3)", "prepare.py ended with 3$"),
+                       ("raise SystemExit('error: no network')", f"^dataset={tmp_path}: no network$")):
+        script.write_text(code)
+        with pytest.raises(UserError, match=says):
+            prepare_missing(str(tmp_path))
+    assert capfd.readouterr().err == ""             # one line, from the one who asked
     script.write_text(f"import sys; sys.path.insert(0, {str(REPO)!r}); from data.tokens import prepare\n"
                       f"prepare(['abcd' * 999], ['dcba' * 999], {str(tmp_path)!r}, 'a test', 'bytes')\n")
     prepare_missing(str(tmp_path))
@@ -452,7 +457,8 @@ def write_parquet(path, docs, group=7, name="text"):
 
 
 def corpus_of(*paths, **fields):
-    return shards.Corpus("a test", [(str(path), path.stat().st_size) for path in paths], open, **fields)
+    files = [(str(path), path.stat().st_size) for path in paths]
+    return shards.Corpus("a test", files, open, kind=shards.kind_of(paths[0]), **fields)
 
 
 @pytest.fixture
@@ -527,6 +533,18 @@ def test_neither_a_kill_nor_the_number_of_processes_changes_a_byte(tmp_path, lin
     assert first.stat().st_mtime_ns == stamp        # not made anew
 
 
+def test_a_document_may_be_longer_than_a_slice(tmp_path, monkeypatch):
+    """Then none begins in the next slices; their shards hold nothing that a window would meet."""
+    monkeypatch.setattr(shards, "SLICE_BYTES", 8_000)
+    long = next(ENGLISH + x for x in "abc" if not shards.held_out((ENGLISH + x).encode(), 10))
+    path = write_json_lines(tmp_path / "x.jsonl", [*DOCS[:40], long, *DOCS[40:80]])
+    shards.prepare_shards(corpus_of(path)._replace(val_every=10), tmp_path / "out", "bytes", processes=1)
+    lengths = [len(read_tokens(file)[0]) for file in sorted((tmp_path / "out").glob("train_*.bin"))]
+    assert max(lengths) > len(long) and lengths.count(1) > 5
+    ids = load_data(str(tmp_path / "out"), 32).train
+    assert sum(lengths) == ids.n_tokens and len(ids) == 32 + sum(max(n - 32, 0) for n in lengths)
+
+
 def test_each_document_is_on_one_side_whole_and_in_order(tmp_path, lines, monkeypatch, capsys):
     monkeypatch.setattr(shards, "SLICE_BYTES", 40_000)
     corpus, out = corpus_of(*sorted(lines.iterdir()), val_every=10), tmp_path / "out"
@@ -588,6 +606,7 @@ def test_a_killed_process_is_one_line(tmp_path, lines, monkeypatch):
 @pytest.mark.parametrize("name, content, says", [
     ("x.jsonl", b'{"text": "a"}\n{"text": "b', "the line at byte 14: damaged, no JSON object"),
     ("x.jsonl", b'{"body": "a"}\n', "the line at byte 0 has no text, but body; give another --field"),
+    ("x.jsonl", b'{"text": ["a"]}\n', "text has a list, no text"),
     ("missing.jsonl", None, "FileNotFoundError: "),
     ("x.parquet", b"PAR1 no more", "ArrowInvalid: "),
     ("x.parquet", "body", "no column text, but id, body; give another --field")])
@@ -598,7 +617,9 @@ def test_damaged_files_are_one_line(tmp_path, name, content, says):
     if isinstance(content, bytes):
         path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        shards.prepare_shards(shards.Corpus("a test", [(str(path), 1000)], open), tmp_path / "out")
+        kind = "parquet" if name.endswith("parquet") else "JSON lines"
+        corpus = shards.Corpus("a test", [(str(path), 1000)], open, kind=kind)
+        shards.prepare_shards(corpus, tmp_path / "out")
     assert str(caught.value).startswith(f"{path}: {says}") and "\n" not in str(caught.value)
 
 
@@ -717,7 +738,7 @@ def test_folder_through_a_real_process(tmp_path, folder):
     done = run_script("text/prepare.py", os.fsdecode(b"caf\xe9"), "--out", "made/here", "--vocab_size", 300,
                       "--val_every", 10, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
-    assert "skipped 1 empty and 1 not UTF-8 of 42 files\n" in done.stdout
+    assert "skipped 1 empty (nothing.txt) and 1 not UTF-8 (latin.txt) of 42 files\n" in done.stdout
     encoding = load_tokenizer(tmp_path / "made" / "here")
     docs = {}
     for name in ("train", "val"):
@@ -743,25 +764,76 @@ def test_default_folder_is_named_after_the_path(folder, monkeypatch):
 
 @pytest.mark.parametrize("val_every", [2, 10, 20])
 def test_single_file_ends_in_validation(val_every):
-    (train,), (val,) = text.split_text(ENGLISH, val_every)
-    assert train + val == ENGLISH and train.endswith("\n")
-    assert 0 <= len(val) - len(ENGLISH) // val_every < 200  # at most one line more
-    (train,), (val,) = text.split_text("x" * 1000, val_every)  # no line to cut at
-    assert len(val) == 1000 // val_every and len(train) + len(val) == 1000
+    """At the nearest line, on either side; where all are far, at a word; where those are far, anywhere."""
+    for whole, end in ((ENGLISH, "\n"), (ENGLISH.replace("\n", " "), " "), ("x" * 1000, "x"),
+                       ("far\n" + ENGLISH.replace("\n", " ") + "\nfar", " ")):
+        (train,), (val,) = text.split_text(whole, val_every)
+        assert train + val == whole and train.endswith(end)
+        wanted = len(whole) // val_every
+        assert abs(len(val) - wanted) <= (wanted / 10 if end != "x" else 0)
+        ends = [i + 1 for i, letter in enumerate(whole) if letter == end]
+        assert abs(len(val) - wanted) == min(abs(len(whole) - i - wanted) for i in ends)
+
+
+LENIENT = "\n".join(json.dumps({"text": doc, "score": math.nan, "id": 1}) for doc in [*DOCS, 1.5])
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", LENIENT), ("a.json", LENIENT), ("a.JSONL", LENIENT), ("a.txt", LENIENT), ("a", LENIENT),
+    ("link", LENIENT), ("mark.jsonl", "\ufeff" + LENIENT)])
+def test_what_a_file_holds_decides_and_not_its_name(tmp_path, monkeypatch, name, content):
+    """JSON lines as others write them: NaN beside the text, a number for a text, a byte order mark."""
+    monkeypatch.chdir(tmp_path)
+    Path("real.bin" if name == "link" else name).write_text(content, encoding="utf-8")
+    if name == "link":
+        Path(name).symlink_to("real.bin")
+    text.main([name, "--out", "out", "--tokenizer", "bytes", "--val_every", "10"])
+    ids = np.concatenate([read_tokens(path)[0] for path in sorted(Path("out").glob("*.bin"))])
+    got = load_tokenizer(Path("out")).decode(ids.tolist())
+    assert "score" not in got and "1.5" in got and sum(doc in got for doc in DOCS) == len(DOCS)
+
+
+def test_a_glob_asks_for_no_case_and_a_link_keeps_its_name(tmp_path, folder, monkeypatch):
+    (folder / "00.txt").rename(folder / "00.TXT")
+    assert len(text.find_files(folder, "*.txt")) == len(text.find_files(folder, "*.TXT")) == 42
+    made = []
+    monkeypatch.setattr(text, "prepare", lambda train, val, out, *rest: made.append(Path(out)))
+    (tmp_path / "name").symlink_to(folder)
+    text.main([str(tmp_path / "name")])
+    assert made == [REPO / "data" / "name"]
+
+
+def test_endoftext_in_a_file_separates_documents(tmp_path):
+    docs = [f"{i} {ENGLISH[i * 50:][:800]}" for i in range(40)]
+    (tmp_path / "stories.txt").write_text("<|endoftext|>".join(["", *docs, "\n"]), encoding="utf-8")
+    text.main([str(tmp_path / "stories.txt"), "--out", str(tmp_path / "out"), "--vocab_size", "300"])
+    encoding, found = load_tokenizer(tmp_path / "out"), []
+    for name in ("train", "val"):
+        ids = read_tokens(tmp_path / "out" / f"{name}.bin")[0].tolist()
+        found += encoding.decode(ids).split("<|endoftext|>")[1:]
+        assert ids.count(encoding.eot_token) == (38 if name == "train" else 2)
+    assert sorted(found) == sorted(docs)
 
 
 @pytest.mark.parametrize("arguments, says", [
     (["missing"], "^missing: no such file or folder; give "),
     (["texts", "--glob", "*.rst"], r"no file matches --glob=\*.rst; give another pattern"),
     (["texts", "--glob=/etc/*"], r"--glob=/etc/\* must be a pattern below "),
-    (["texts", "--glob", "latin*"], r"no text found \(0 empty and 1 not UTF-8\); give "),
+    (["texts", "--glob", "latin*"], r"no text found: 0 empty and 1 not UTF-8 \(latin.txt\); give "),
+    (["texts", "--glob="], "--glob= must be a pattern below "),
+    (["mixed", "--glob=*"], "^mixed: a.txt is text, b.txt is JSON lines; choose files of one kind with --gl"),
+    (["a.txt.gz"], "a.txt.gz: is compressed by gzip; unpack it first"),
     (["texts/notes.md"], "too little text, 8 bytes for train.bin which needs at least 1000; give "),
     (["texts", "--val_every", "1"], "^--val_every=1 must be at least 2 .*; raise it$"),
     (["texts", "--val_every", "99"], "too little text, 0 bytes for val.bin"),
     (["texts", "--vocab_size", "256"], "^--vocab_size=256 must be 257 or more .*; raise it$"),
-    (["texts", "--tokenizer", "words"], "^--tokenizer=words is unknown; choose bpe, gpt2 or bytes$")])
+    (["texts", "--tokenizer", "words"], "^--tokenizer=words is unknown; choose bpe, gpt2, bytes or the f")])
 def test_text_mistakes_are_one_line_and_overwrite_nothing(tmp_path, folder, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
+    Path("mixed").mkdir()
+    Path("mixed/a.txt").write_text("text")
+    Path("mixed/b.txt").write_text('{"text": "text"}')
+    Path("a.txt.gz").write_bytes(gzip.compress(b"text"))
     with pytest.raises(UserError, match=says):
         text.main([*arguments, "--out", "new"])
     assert not Path("new").exists()

@@ -312,3 +312,16 @@ def test_a_run_is_sampled_without_the_training_code(tmp_path):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not {"train", "papers", "analyze"} & imported
     assert {"torch", "configs.config", "data.tokens"} <= imported               # control
+
+
+def test_sampling_takes_flags(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(model_file, "load_model", lambda folder: (folder, "tokenizer", {}))
+    monkeypatch.setattr(model_file, "sample_text", lambda *what, **how: asked.append((what, how)) or "text")
+    model_file.main(["out/run", "--temperature=0", "The", "state", "--n_tokens=5"])
+    assert asked == [(("out/run", "tokenizer", "The state"), {"temperature": 0.0, "n_tokens": 5})]
+    for flag, says in (("--temprature=0", "no field is called temprature; did you mean temperature?"),
+                       ("--top_k=-1", "top_k=-1"), ("--n_tokens", "must be given as --n_tokens=VALUE")):
+        with pytest.raises(SystemExit) as stopped:
+            model_file.main(["out/run", flag])
+        assert stopped.value.code.startswith("model.py: ") and says in stopped.value.code

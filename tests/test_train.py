@@ -33,12 +33,12 @@ sys.path.insert(0, str(REPO))
 import nvfp4  # noqa: E402
 import train  # noqa: E402
 from data.run import UserError, load_checkpoint  # noqa: E402
-from data.tokens import prepare, read_tokens, write_tokens  # noqa: E402
+from data.tokens import batch_at, load_data, prepare, read_tokens, val_starts, write_tokens  # noqa: E402
 from model import ModelConfig, build, flops_per_token, load_model, outline, rank_bytes  # noqa: E402
 from ranks import tensors_of  # noqa: E402
 from runs import (BUG, RUNS, Process, contents, differences, each_step, metrics, one_line,  # noqa: E402
-                  refusal_of, wait_for)
-from train import load_config, make_config, unflatten  # noqa: E402
+                  ranks, refusal_of, wait_for)
+from train import load_config, load_run, make_config, unflatten  # noqa: E402
 
 CAN_COMPILE = nvfp4.can_compile                     # that of the module, which eager() replaces
 pytestmark = pytest.mark.usefixtures("eager")
@@ -88,8 +88,8 @@ def die(*_):
 # ---------------------------------------------------------------- CUDA graphs
 
 class Recorded:
-    """Plays a CUDA graph where there is none. Recording leaves no trace; a replay does the work in the memory and by
-    the attributes that layers had then. What was not copied there it does not see."""
+    """Plays a CUDA graph where there is none. Recording leaves no trace; a replay does the work in the memory
+    and by the attributes that layers had then. What was not copied there it does not see."""
     run = None
 
     def __init__(self, work, pool):
@@ -141,8 +141,8 @@ def graphs(monkeypatch):
 
 @pytest.mark.parametrize("kind, captured", [("plain", 1), ("ngpt", 1), ("gpt, all random", 2)])
 def test_graphs_change_no_bit(tiny, whole, tmp_path, graphs, kind, captured):
-    """Of weights, moments and metrics: new tokens, keys and weights reach what was recorded, and gradients add up. A
-    recipe that changes on the way is recorded anew."""
+    """Of weights, moments and metrics: new tokens, keys and weights reach what was recorded, and gradients
+    add up. A recipe that changes on the way is recorded anew."""
     right, made = whole(kind), graphs()
     train.main(tiny(tmp_path, **RUNS[kind]))
     assert differences(tmp_path, right) == set() and made == captured * [(2, 32)]
@@ -199,9 +199,18 @@ COSINE = WSD | {"schedule": "cosine"}
     (COSINE, 0, 0.1), (COSINE, 9, 1.0), (COSINE, 10, 1.0), (COSINE, 55, 0.55), (COSINE, 100, 0.1),
     (COSINE, 32.5, 0.1 + 0.9 * (1 + 0.5**0.5) / 2), (COSINE | {"warmup_steps": 0}, 0, 1.0),
     (WSD | {"decay_fraction": 0.0}, 99, 1.0), (WSD | {"decay_fraction": 1.0}, 25, 0.55),
-    (WSD | {"warmup_steps": 100}, 99, 1.0), (WSD | {"min_lr": None}, 100, 1 / 50)])
+    (WSD | {"warmup_steps": 100}, 49, 0.5), (WSD | {"warmup_steps": 100}, 95, 0.1 + 0.9 * (1 - 0.75**0.5)),
+    (WSD | {"warmup_steps": 85}, 82, 0.1 + 0.9 * (1 - 0.1**0.5)), (WSD | {"min_lr": None}, 100, 1 / 50)])
 def test_learning_rate(settings, step, value):
     assert train.learning_rate(make_config(settings), step) == pytest.approx(value, rel=1e-12)
+
+
+def test_warm_up_and_decay_meet_without_a_jump():
+    c = make_config(WSD | {"warmup_steps": 95})
+    rates = [train.learning_rate(c, step) for step in range(101)]
+    assert max(abs(b - a) for a, b in zip(rates, rates[1:], strict=False)) < 0.25     # a root begins steeply
+    with pytest.raises(UserError, match="^min_lr=2.0 must be learning_rate=1.0 at most"):
+        make_config(WSD | {"min_lr": 2.0})
 
 
 @pytest.mark.parametrize("settings", [{"arch": "ngpt"}, {"arch": "gpt", "activation": "swiglu"}], ids=str)
@@ -706,6 +715,61 @@ def test_resume_refuses_and_names_what_changed(tiny, whole, changes):
     line = refusal(tiny(folder, **changes, resume=True))
     assert f"--resume: {name}=" in line and f"but the run in {folder} has {name}=" in line
     assert files_of(folder) == before
+
+
+def test_a_run_may_become_longer_until_its_rate_decays(tiny, whole, tmp_path):
+    """Then it ends as one that was as long from the start. Of 10 steps the last 15 % decay: from 8.5 on."""
+    train.main(tiny(tmp_path / "longer", max_steps=16))
+    for until in (4, 9):
+        train.main(tiny(tmp_path / str(until), stop_at=until))
+        train.main(tiny(tmp_path / str(until), max_steps=16, resume=True))
+        assert differences(tmp_path / str(until), tmp_path / "longer") == set()
+    last = {"stop_at": 9, "decay_fraction": 0.3}
+    train.main(tiny(tmp_path / "decays", **last))
+    line = refusal(tiny(tmp_path / "decays", **last, max_steps=16, resume=True))
+    assert "max_steps=16 but the run in " in line and "--init_from this one" in line
+    late = {"fp4_until": 0.3, "decay_fraction": 0.1}
+    train.main(tiny(tmp_path / "left", stop_at=5, **late))
+    assert "max_steps=20 but" in refusal(tiny(tmp_path / "left", max_steps=20, resume=True, **late))
+    cosine = {"stop_at": 4, "schedule": "cosine"}
+    train.main(tiny(tmp_path / "cosine", **cosine))
+    assert "max_steps=16 but" in refusal(tiny(tmp_path / "cosine", **cosine | {"max_steps": 16}, resume=True))
+
+
+@pytest.mark.parametrize("way", ["one", "ddp", "fsdp"])
+def test_a_run_begins_with_the_weights_of_another(tiny, whole, tmp_path, way):
+    """And with nothing else of it: its first loss is that model's, its steps and its rate are its own."""
+    settings = {"init_from": whole("ngpt"), "gradient_accumulation_steps": 2, "max_steps": 2,
+                "block_size": 16, "learning_rate": 1e-4, "recipe": "bf16"}
+    if way == "one":
+        train.main(tiny(tmp_path, **settings))
+    else:
+        both = ranks(2, lambda: train.main(tiny(tmp_path, **settings, parallel=way)))
+        assert [rank.end() for rank in both] == [(0, "")] * 2
+    model, _, c = load_run(whole("ngpt"))
+    data = load_data(c.dataset, 16)
+    starts = val_starts(len(data.val), 16, (1, c.batch_size))
+    with torch.no_grad():
+        loss = model(*batch_at(data.val, starts[0], 16, torch.device("cpu")))
+    assert metrics(tmp_path, "val_loss")[0]["val_loss"] == pytest.approx(float(loss), rel=1e-6)
+    assert [row["step"] for row in metrics(tmp_path, "loss")] == [0, 1]
+
+
+def test_what_a_run_cannot_begin_with_is_one_line(tiny, whole, tmp_path):
+    prepare(["abcd" * 9999], ["abcd" * 999], tmp_path / "data", "a test", tokenizer="bpe", vocab_size=258)
+    for changes, says in (({"n_embd": 64}, "has n_embd=32, not 64; give the same"),
+                          ({"alpha_init": 0.1}, "has alpha_init=0.05, not 0.1; give the same"),
+                          ({"dataset": tmp_path / "data", "vocab_size": 256}, "vocab_size=256 must be "),
+                          ({"init_from": tmp_path / "none"}, "none/ckpt.pt: no checkpoint there")):
+        line = refusal(tiny(tmp_path / "new", **{"init_from": whole("plain")} | changes))
+        assert says in line and not (tmp_path / "new").exists()
+    for name, letters in (("a", "abcd"), ("b", "efgh")):        # two tokenizers of one size
+        prepare([letters * 9999], [letters * 999], tmp_path / name, "a test", tokenizer="bpe", vocab_size=260)
+    train.main(tiny(tmp_path / "run", dataset=tmp_path / "a", max_steps=1))
+    new = {"init_from": tmp_path / "run", "dataset": tmp_path / "b", "max_steps": 1}
+    assert "/run: its tokens are bpe260-" in refusal(tiny(tmp_path / "new", **new))
+    prepare(["efgh" * 9999], ["efgh" * 999], tmp_path / "b", "a test", tokenizer=str(tmp_path / "run"))
+    train.main(tiny(tmp_path / "new", **new))       # text in the tokens of the run
 
 
 def test_a_run_goes_on_where_its_data_have_moved(tiny, dataset, tmp_path):
