@@ -17,6 +17,9 @@ operands, term k is the signal s_k = w_k x_k plus the noise n_k = w^_k x^_k - w_
     z_s, z_n    |sum s_k| and |sum n_k| in units of sqrt(K) sigma_s: SNR(dot) = (z_s / z_n)^2 (eq. 2)
     rho         effective correlation of two terms, over tokens: signals that agree add up in amplitude,
                 noises that do not only in power; hence the gain (eq. 3, 4)
+    initial     share of ||w||^2 that is still the weight's initial value: its projection on that
+    gain_old    averaging gain of the signal by that part of the weight alone, and by the rest, which was
+                learned (gain_new): random weights average no noise
     sat         share of blocks with a magnitude above the fixed amax of the recipe
     dgrad.dy    SNR of the output gradient as dgrad multiplies it, and as wgrad does (wgrad.dy)
     growth      of the held-out loss, in nats, when Gaussian noise is added to the weights (fig. 8)
@@ -54,6 +57,7 @@ import train
 from assets.figures import analysis, curves, draw
 from data.run import UserError, command, naming, read_json, read_metrics, write_json
 from data.tokens import batch_at, load_data, val_starts
+from model import build, load_model
 from nvfp4 import FORMATS, OPERANDS, RECIPES, fill_up, hadamard, quantize, whole
 from papers import split_outliers, weight_gradients
 from train import OWN_RECIPE
@@ -101,6 +105,18 @@ def averaging_gain(m):
     """SNR of the products and of the dot products, and the ratio of the second to the first (eq. 6)."""
     products, dot = m.S2.sum() / m.N2.sum(), m.S.square().sum() / m.N.square().sum()
     return products, dot, dot / products
+
+
+def signal_gain(x, w):
+    """averaging_gain() of the signal alone: the square of x w^T, over what it would be if products added up
+    at random. x (T, K), w (J, K)"""
+    x, w = x.double(), w.double()
+    return (x @ w.T).square().sum() / (x.square() @ w.square().T).sum()
+
+
+def initial_part(w, first):
+    """The projection of a weight on its initial value, of the same shape: what training has left of it."""
+    return (w * first).sum() / first.square().sum() * first
 
 
 def normalized(m):
@@ -267,20 +283,28 @@ def choices_of(layer):
     return {operand: layer.cfg.operand(operand, keys) for operand in OPERANDS}
 
 
-def as_multiplied(t, how, codes=None):
-    """(the matrix that a GEMM sees, its quantized values), fp32, filled up to whole blocks and rotated where
-    the recipe says so.
+def as_seen(t, how):
+    """The matrix that a GEMM sees of t, whose lines lie along the axis that it sums over: filled up to whole
+    blocks and rotated where the recipe says so.
 
-    t       lines along the axis that the GEMM sums over
     how     arguments of quantize(), from choices_of(layer); None: this GEMM is in high precision
+    """
+    if how is None:
+        return t
+    t = fill_up(t, columns=-t.shape[1] % whole(how))
+    return t if how["signs"] is None else hadamard(t, how["signs"])
+
+
+def as_multiplied(t, how, codes=None):
+    """(as_seen(), its quantized values), fp32.
+
     codes   values to quantize in place of t, where the recipe reuses the forward's codes; None: t
     We leave out two things of papers.py: occ does not split fprop.x here, and e5m2 does not round gradients.
     """
     codes = t if codes is None else codes
-    if how is None:
-        return t, codes
-    t, codes = (fill_up(m, columns=-m.shape[1] % whole(how)) for m in (t, codes))
-    return t if how["signs"] is None else hadamard(t, how["signs"]), quantize(codes, **how).dequantize()
+    if how is not None:
+        codes = quantize(fill_up(codes, columns=-codes.shape[1] % whole(how)), **how).dequantize()
+    return as_seen(t, how), codes
 
 
 def both_ways(layer, how, names, t):
@@ -369,6 +393,9 @@ class Sample(NamedTuple):
     """What a probe sees of a layer."""
     operands: dict                                  # {one of OPERANDS: (as multiplied, quantized)}, fp32
     how: dict                                       # {one of OPERANDS: arguments of quantize(), or None}
+    old: torch.Tensor                               # initial_part() of fprop.w, (N, K)
+    new: torch.Tensor                               # the rest of it: what was learned
+    channels: torch.Tensor                          # J of the N output channels
     m: SimpleNamespace                              # moments() of fprop's operands, J of the channels
 
 
@@ -385,6 +412,9 @@ PROBES = {
     "dot": Probe(lambda s: db(averaging_gain(s.m)[1]), ".2f"),
     "gain": Probe(lambda s: db(averaging_gain(s.m)[2]), ".2f"),
     "eq4": Probe(lambda s: db(predict(s.m, s.m.K)), ".2f"),
+    "initial": Probe(lambda s: s.old.square().sum() / (s.old + s.new).square().sum(), ".0%"),
+    "gain_old": Probe(lambda s: db(signal_gain(s.operands["fprop.x"][0], s.old[s.channels])), ".2f"),
+    "gain_new": Probe(lambda s: db(signal_gain(s.operands["fprop.x"][0], s.new[s.channels])), ".2f"),
     "rho_s": Probe(lambda s: rho(s.m.S, s.m.var_s, s.m.K).nanmean(), ".1e"),
     "rho_n": Probe(lambda s: rho(s.m.N, s.m.var_n, s.m.K).nanmean(), ".1e"),
     "z_s": Probe(lambda s: normalized(s.m)[0].square().mean().sqrt(), ".3f"),
@@ -397,8 +427,9 @@ PROBES = {
 
 
 @torch.no_grad()
-def measure(part, recorded, n_channels, seed=0):
-    """All that is measured of one FP4 layer or expert, from what record() kept of it.
+def measure(part, recorded, n_channels, seed=0, first=None):
+    """All that is measured of one FP4 layer or expert, from what record() kept of it, and from its initial
+    weight (N, K), without which some probes are NaN.
 
     returns {probe: number, NaN for the infinite SNR of an operand in high precision}
             [{k, dot, rho_s, eq4}] for sums of k terms, the first two NaN for k > K
@@ -409,7 +440,8 @@ def measure(part, recorded, n_channels, seed=0):
     (x, xq), (w, wq) = operands["fprop.x"], operands["fprop.w"]
     chosen = torch.randperm(len(w), generator=torch.Generator().manual_seed(seed))[:n_channels].to(x.device)
     fprop = x, w[chosen], xq, wq[chosen]
-    sample = Sample(operands, how, moments(*fprop))
+    old = w * math.nan if first is None else initial_part(w, as_seen(first.to(w), how["fprop.w"]))
+    sample = Sample(operands, how, old, w - old, chosen, moments(*fprop))
     numbers = {name: float(probe.of(sample)) for name, probe in PROBES.items()}
     numbers = {name: number if math.isfinite(number) else math.nan for name, number in numbers.items()}
     return numbers, by_terms(sample.m, *fprop, seed), by_channel(sample.m)
@@ -484,6 +516,14 @@ def open_run(folder, **changes):
     return model, recipe, [batch_at(val, s, c.model.block_size, device) for s in starts]
 
 
+def initial_weights(folder):
+    """{name: parameter} with which a run began. Its seed makes them again."""
+    c = train.unflatten(read_json(Path(folder, "config.json")))
+    torch.manual_seed(c.seed)
+    model = load_model(c.init_from)[0] if c.init_from else build(c.model)
+    return dict(model.named_parameters())
+
+
 @contextlib.contextmanager
 def uncompiled():
     """Do not compile: the bits stay, and four batches are too few to pay for kernels of every shape."""
@@ -509,13 +549,15 @@ def analyse(folder, o):
         of_run = {"quantized_as": recipe, "loss": loss(model, batches), "growth": sum(growth) / len(growth)}
     parts, rows = named_parts(model), {"layers": [], "terms": [], "channels": [], "noise": [
         kind | {"alpha": a, "growth": g} for a, g in zip((0, *ALPHAS), (0.0, *growth), strict=True)]}
-    found = record(model, batches, o.tokens, o.seed)
+    found, first = record(model, batches, o.tokens, o.seed), initial_weights(folder)
     idle = [name for name, operands in found.items() if len(operands["fprop.x"][0]) < 2]
     if idle:
         print(f"{folder}: {', '.join(idle)} met fewer than two tokens of the sample and are left out")
     for name in progress([name for name in parts if name not in idle], str(folder)):
         here = kind | {"layer": name}
-        probes, terms, channels = measure(parts[name], found.pop(name), o.channels, o.seed)
+        w0 = first[f"{name.partition('[')[0]}.weight"]
+        w0 = w0 if parts[name].expert is None else w0[parts[name].expert]
+        probes, terms, channels = measure(parts[name], found.pop(name), o.channels, o.seed, w0.detach())
         rows["layers"].append(here | of_run | {"K": parts[name].layer.in_features} | probes)
         rows["terms"] += [here | term for term in terms]
         rows["channels"] += [here | channel for channel in channels]
@@ -601,6 +643,9 @@ def compare(folders, o):
     gaps = over_terms(found["pairs"], found["terms"])
     print("by layer: SNRs, gain and eq. 4 in dB; below each row the standard deviation over seeds")
     table(by_layer, {"layer": ""} | HEAD | COLUMNS)
+    print("\nby type of layer")
+    typed = [row | {"layer": row["layer"].rpartition(".")[2].partition("[")[0]} for row in rows["layers"]]
+    table(over_seeds(typed, "layer", *KIND), {"layer": ""} | HEAD | COLUMNS)
     print(f"\nmeans of {len(shared)} layers; loss of the high-precision model and its mean growth in nats")
     table(overall, HEAD | {"quantized_as": ""} | COLUMNS | {"loss": ".3f", "growth": ".4f"})
     print("\nnGPT over GPT: SNR(dot) in dB, measured and by eq. 5; growth of GPT's loss over nGPT's; by eq. "

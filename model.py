@@ -998,6 +998,23 @@ def load_model(folder):
     return model.eval(), tokenizer, saved["config"]
 
 
+def first_model(config, folder, tokenizer):
+    """The model that a run begins with: with the weights of torch's current seed or, where a folder is given,
+    of the run there, which must have this tokenizer. raises UserError"""
+    model = build(config)
+    if folder:
+        there, theirs, _ = load_model(folder)
+        for name, value in vars(there.config).items():
+            mine = getattr(model.config, name)
+            if value != mine and name not in ("block_size", "document_start", "mamba_chunk"):
+                raise UserError(f"init_from={folder}: has {name}={value}, not {mine}; give the same")
+        if theirs.name != tokenizer.name:
+            raise UserError(f"init_from={folder}: its tokens are {theirs.name}, not {tokenizer.name}; "
+                            f"prepare the text with --tokenizer={folder}")
+        model.load_state_dict(there.state_dict())
+    return model
+
+
 @command("model.py")
 def main(argv):
     if not argv or "-h" in argv or "--help" in argv:

@@ -1953,9 +1953,9 @@ def describe_operand(cfg, name):
     return ", ".join(words)
 
 
-def main(argv):
+def main(argv, page=__doc__):
     if "-h" in argv or "--help" in argv:
-        print(sys.modules["__main__"].__doc__.strip())          # of papers.py, where that was called
+        print(page.strip())
         return
     if argv and argv != ["--json"]:
         use_compiler(False)                         # a few numbers are not worth half a minute

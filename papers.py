@@ -463,4 +463,4 @@ RECIPES |= {
 
 
 if __name__ == "__main__":
-    nvfp4.main(sys.argv[1:])
+    nvfp4.main(sys.argv[1:], __doc__)

@@ -35,8 +35,9 @@ from data.run import (STOPPED, Log, Stop, UserError, catch_signals, command, fre
                       load_checkpoint, naming_memory, newest_checkpoint)
 from data.tokens import (Data, batch_at, keep_tokenizer, load_data, prepare_missing, train_starts,
                          unigram_loss, val_starts)
-from model import (ModelConfig, build, compile_blocks, count_parameters, flops_per_token, load_model, outline,
-                   rank_bytes, sample_text)
+from graphs import Graph, graph_of, why_no_graph
+from model import (ModelConfig, build, compile_blocks, count_parameters, first_model, flops_per_token,
+                   load_model, outline, rank_bytes, sample_text)
 from nvfp4 import RECIPES
 from papers import PaperConfig, gradient_to_noise
 from ranks import Ranks, local, not_finite, tensors_of
@@ -107,6 +108,7 @@ def make_config(settings, name="run"):
         recipe = config.check_choice("recipe", c.recipe or OWN_RECIPE[c.model.arch], RECIPES)
         c = replace(c, recipe=recipe, fp4=PaperConfig(**vars(RECIPES[recipe]) | of[PaperConfig]),
                     out_dir=os.path.expanduser(c.out_dir or f"out/{name}"),
+                    init_from=c.init_from and os.path.expanduser(c.init_from),
                     dataset=os.path.expanduser(c.dataset),
                     min_lr=c.learning_rate / 50 if c.min_lr is None else c.min_lr)
     except ValueError as error:
@@ -199,7 +201,7 @@ class Run:
     tokens: int = 0                                 # trained on so far
     saved: int | None = None                        # step of the newest complete checkpoint
     trace: torch.profiler.profile | None = None     # records a few steps; see trace_of()
-    graph: "Graph | None" = None                    # of the micro-batches, on a GPU; see graph_of()
+    graph: Graph | None = None                      # of the micro-batches, on a GPU; see graphs.py
     kind: tuple | None = None                       # of the last step: shape and recipes of its micro-batches
 
     def autocast(self):
@@ -241,7 +243,8 @@ def training_step(run, step):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(c, step)
     micro_batch, mine = micro_batches(run, step), ranks.share(range(c.gradient_accumulation_steps))
-    graph, mean_loss = graph_of(run, step), torch.zeros((), device=run.device)
+    graph = graph_of(run, (c.batch_size, sequence_length(c, step)), add_gradients)
+    mean_loss = torch.zeros((), device=run.device)
     for n in mine:
         nvfp4.set_step(model, c.seed, step, n)      # random bits of this micro-batch
         ranks.before_backward(model, last=n == mine[-1])
@@ -257,77 +260,6 @@ def training_step(run, step):
     optimizer.zero_grad(set_to_none=graph is None)  # a graph adds to gradients where they are
     more = model.after_step(ranks.sum)              # a mixture of experts balances its load
     return loss, norm, more
-
-
-def capture(work, pool):
-    """(CUDA graph of work(), what work() returned: each replay writes it anew, to the same place)."""
-    graph = torch.cuda.CUDAGraph()
-    # errors of this thread alone: NCCL asks for events from another, which would end the capture
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        return graph, work()
-
-
-class Graph:
-    """add_gradients() as a CUDA graph: one launch in place of thousands, with no Python in between.
-
-    To capture is to record kernels: none runs, and nothing may compile. So a step runs as it stands first,
-    and is captured when it comes again. A replay uses the same memory each time: we copy tokens and random
-    keys there, and gradients add up there. Weights are quantized once a step, by a graph of their own.
-    """
-
-    def __init__(self, run, shape):
-        self.layers, pool = nvfp4.fp4_layers(run.model), torch.cuda.graph_pool_handle()
-        self.idx, self.targets = torch.zeros(2, *shape, dtype=torch.int64, device=run.device)
-        self.keys, self.drawn = [m.keys.clone() for m in self.layers], None     # drawn: seed, step of weights
-        for m, keys in zip(self.layers, self.keys, strict=True):
-            m.keys = keys
-        for p in run.model.parameters():
-            p.grad = torch.zeros_like(p)
-        nvfp4.forget_weights(run.model)
-        torch.cuda.empty_cache()                    # a graph has memory of its own
-        if self.layers:                             # what it returns is kept: the second graph reads it
-            self.weights = capture(lambda: [m.current_weight() for m in self.layers], pool)
-        self.micro_batch, self.loss = capture(lambda: add_gradients(run, self.idx, self.targets), pool)
-        nvfp4.forget_weights(run.model)
-
-    def replay(self, idx, targets):
-        self.idx.copy_(idx)
-        self.targets.copy_(targets)
-        if self.layers:
-            torch._foreach_copy_(self.keys, [m.keys for m in self.layers])
-            if self.drawn != self.layers[0].drawn:
-                self.drawn = self.layers[0].drawn
-                self.weights[0].replay()
-        self.micro_batch.replay()
-        return self.loss
-
-
-def why_no_graph(run):
-    """Why micro-batches are no CUDA graph, in words; None: they are."""
-    if run.device.type != "cuda" or not run.c.compile:
-        return "a GPU and --compile are needed"
-    if run.ranks.sharded:
-        return "ranks exchange weights and gradients meanwhile"
-    if run.c.model.document_start is not None:
-        return "documents are kept apart"
-    if nvfp4.fp4_layers(run.model) and any(block.mixer.waits for block in run.model.blocks):
-        return "experts wait to know how many tokens each has"
-    return None
-
-
-def graph_of(run, step):
-    """The Graph of this step's micro-batches. None: they run as they stand, also in the first step of a kind;
-    another recipe or length is another kind."""
-    if why_no_graph(run):
-        return None
-    shape = run.c.batch_size, sequence_length(run.c, step)
-    kind = shape, [m.cfg for m in nvfp4.fp4_layers(run.model)]
-    if run.kind != kind:
-        run.kind, run.graph = kind, None
-        run.optimizer.zero_grad(set_to_none=True)
-    elif run.graph is None:
-        run.graph = Graph(run, shape)
-    return run.graph
 
 
 def clip_gradient(model, largest, ranks):
@@ -675,25 +607,9 @@ def set_up(c, after, stop):
     return run
 
 
-def first_weights(c, tokenizer):
-    """The model that a run begins with: with random weights, or with those of the run init_from."""
-    torch.manual_seed(c.seed)
-    model = build(c.model)
-    if c.init_from:
-        there, theirs, _ = load_model(os.path.expanduser(c.init_from))
-        for name, value in vars(there.config).items():
-            mine = getattr(model.config, name)
-            if value != mine and name not in ("block_size", "document_start", "mamba_chunk"):
-                raise UserError(f"init_from={c.init_from}: has {name}={value}, not {mine}; give the same")
-        if theirs.name != tokenizer.name:
-            raise UserError(f"init_from={c.init_from}: its tokens are {theirs.name}, not {tokenizer.name}; "
-                            "prepare the text with its tokenizer, or train anew")
-        model.load_state_dict(there.state_dict())
-    return model
-
-
 def make_model(c, ranks, tokenizer, report, begins):
     """The converted model on its device. Where ranks share it: this rank's part, filled if the run begins."""
+    torch.manual_seed(c.seed)
     if ranks.sharded:
         model = ranks.split(nvfp4.convert(outline(c.model), c.fp4, report))
         if c.parallel == "fsdp":                    # FSDP frees a block's weights: so do we with 4-bit ones
@@ -701,10 +617,10 @@ def make_model(c, ranks, tokenizer, report, begins):
                 block.register_forward_hook(nvfp4.forget_weights, always_call=True)
         if begins:
             whole = []
-            ranks.once(lambda: whole.append(first_weights(c, tokenizer)))
+            ranks.once(lambda: whole.append(first_model(c.model, c.init_from, tokenizer)))
             ranks.fill(model, *whole or [None])     # the first rank hands them out
     else:
-        model = first_weights(c, tokenizer) if begins else build(c.model)
+        model = first_model(c.model, c.init_from, tokenizer) if begins else build(c.model)
         model = nvfp4.convert(model.to(ranks.device), c.fp4, report)
         ranks.agree(model)
     model.activation_checkpointing = c.activation_checkpointing

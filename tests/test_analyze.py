@@ -344,9 +344,51 @@ def test_recorded_operands_are_those_of_the_fp4_layer(name):
     assert not any(close(found[key], wanted[key].roll(1, 0), 1e-5) for key in found)       # control
     exact = x.double() @ part.layer.weight.detach().double().T
     numbers, _, channels = analyze.measure(part, recorded, 96)
+    assert all(math.isnan(numbers[name]) for name in ("initial", "gain_old", "gain_new"))       # not given
     assert close(numbers["dot"], db(analyze.snr(exact, y)), 1e-4) and len(channels) == 96
     assert close(numbers["gain"], numbers["dot"] - numbers["products"])
     assert all(10 < numbers[f"{gemm}.dy"] < 30 for gemm in ("dgrad", "wgrad"))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_of_a_weight_the_initial_part_and_what_it_gains(share, N=48, K=256, T=4096):
+    """Inputs are 1 plus unit Gaussians. A row of equal weights adds K means up, K^2 + K in power where the
+    terms alone have 2K: a gain of (K + 1) / 2. Random rows gain nothing: 0 dB.
+
+    error   of T Gaussians: sqrt(2 / T) of the terms' power, 0.1 dB. Half the power of N random rows is their
+            answer to the mean, N squares of a Gaussian: sqrt(2 / N) / 2, 0.4 dB
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, first = 1 + torch.randn(T, K, generator=generator), torch.randn(N, K, generator=generator)
+    new = torch.ones(N, K)
+    new -= analyze.initial_part(new, first)         # so that the share is known
+    w = share**0.5 * first / first.norm() + (1 - share)**0.5 * new / new.norm()
+    layer = nvfp4.FP4Linear(torch.nn.Linear(K, N, bias=False), RECIPES["nvfp4"])
+    layer.weight.data.copy_(w)
+    recorded = dict.fromkeys(("fprop.x", "wgrad.x", "dgrad.dy", "wgrad.dy"), (x, x + 0.1))
+    numbers, _, _ = analyze.measure(analyze.Part(layer), recorded, N, first=3 * first)
+    assert numbers["initial"] == pytest.approx(share, rel=1e-5)
+    assert abs(numbers["gain_old"]) < 1 and abs(numbers["gain_new"] - float(db((K + 1) / 2))) < 0.3
+    whole = float(db(analyze.signal_gain(x, w)))
+    assert numbers["gain_old"] + 3 < whole < numbers["gain_new"]
+    order = torch.randperm(N * K, generator=generator)
+    numbers, _, _ = analyze.measure(analyze.Part(layer), recorded, N, first=first.flatten()[order].view(N, K))
+    assert numbers["initial"] < 20 / (N * K)        # a start of another order: nothing is left of it
+
+
+def test_a_run_s_start_is_made_again(tiny, tmp_path):
+    """With learning rate 0 all of a weight is initial; by another seed, or after steps, less of it."""
+    found = {}
+    for name, settings in (("still", {"learning_rate": 0}), ("moved", {"learning_rate": 0.1})):
+        train.main(tiny(tmp_path / name, arch="gpt", recipe="nvfp4", max_steps=4, **settings))
+    shutil.copytree(tmp_path / "still", tmp_path / "another")
+    config = json.loads((tmp_path / "another/config.json").read_text())
+    (tmp_path / "another/config.json").write_text(json.dumps(config | {"seed": config["seed"] + 1}))
+    for name in ("still", "moved", "another"):
+        run(tmp_path / name, *SMALL, f"--out_dir={tmp_path / name}")
+        rows = json.loads((tmp_path / name / "analysis.json").read_text())["measured"]
+        found[name] = [row["initial"] for row in rows]
+    assert min(found["still"]) > 1 - 1e-5 > max(found["moved"]) and max(found["another"]) < 0.05
 
 
 @pytest.mark.filterwarnings("ignore:random bits repeat")

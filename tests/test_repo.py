@@ -97,7 +97,7 @@ def test_functions_of_the_equation_tables_exist():
 # ---------------------------------------------------------------- the rooms
 
 FLOORS = {"nvfp4": 0, "assets.figures": 0, "data.run": 0, "configs.config": 1, "data.tokens": 1, "ranks": 1,
-          "papers": 1, "data.shards": 2, "model": 2, "train": 3, "analyze": 4, "export": 4,
+          "graphs": 1, "papers": 1, "data.shards": 2, "model": 2, "train": 3, "analyze": 4, "export": 4,
           "assets.experiments": 5}
 
 

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+import graphs as graphs_file  # noqa: E402
 import nvfp4  # noqa: E402
 import train  # noqa: E402
 from data.run import UserError, load_checkpoint  # noqa: E402
@@ -120,20 +121,20 @@ def graphs(monkeypatch):
     """A function from which on micro-batches are captured. It returns their shapes, a list that grows."""
     made = []
 
-    class Graph(train.Graph):
-        def __init__(self, run, shape):
+    class Graph(graphs_file.Graph):
+        def __init__(self, run, shape, work):
             Recorded.run = run
             made.append(shape)
-            super().__init__(run, shape)
+            super().__init__(run, shape, work)
 
     def capture(work, pool):
         recorded = Recorded(work, pool)
         return recorded, recorded.result
 
     def begin():
-        monkeypatch.setattr(train, "Graph", Graph)
-        monkeypatch.setattr(train, "capture", capture)
-        monkeypatch.setattr(train, "why_no_graph", lambda run: None)
+        monkeypatch.setattr(graphs_file, "Graph", Graph)
+        monkeypatch.setattr(graphs_file, "capture", capture)
+        monkeypatch.setattr(graphs_file, "why_no_graph", lambda run: None)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         return made
     return begin
@@ -150,7 +151,7 @@ def test_graphs_change_no_bit(tiny, whole, tmp_path, graphs, kind, captured):
 
 @pytest.mark.parametrize("forgotten", ["idx", "keys", "weights"])
 def test_control_what_is_not_copied_is_noticed(tiny, whole, tmp_path, monkeypatch, graphs, forgotten):
-    right, replay = whole("gpt, all random"), train.Graph.replay
+    right, replay = whole("gpt, all random"), graphs_file.Graph.replay
     graphs()
 
     def wrong(graph, idx, targets):
@@ -161,7 +162,7 @@ def test_control_what_is_not_copied_is_noticed(tiny, whole, tmp_path, monkeypatc
         if forgotten == "weights" and graph.drawn:
             graph.drawn = graph.layers[0].drawn
         return replay(graph, idx, targets)
-    monkeypatch.setattr(train.Graph, "replay", wrong)
+    monkeypatch.setattr(graphs_file.Graph, "replay", wrong)
     train.main(tiny(tmp_path, **RUNS["gpt, all random"]))
     assert "metrics/4/loss" in differences(tmp_path, right)
 
@@ -182,7 +183,7 @@ def test_graphs_on_a_gpu_change_no_bit(tiny, tmp_path, monkeypatch, kind):
     settings = RUNS[kind] | {"device": "cuda", "compile": True, "deterministic": True, "max_steps": 20}
     train.main(tiny(tmp_path / "graphs", **settings))
     assert "are a CUDA graph" in (tmp_path / "graphs/log.txt").read_text()
-    monkeypatch.setattr(train, "graph_of", lambda run, step: None)
+    monkeypatch.setattr(train, "graph_of", lambda *_: None)
     train.main(tiny(tmp_path / "none", **settings))
     assert differences(tmp_path / "graphs", tmp_path / "none") == set()
 
