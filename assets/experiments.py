@@ -1,7 +1,7 @@
 """Experiments that train many runs, measure them as analyze.py does, and compare them.
 
     python assets/experiments.py recipes --rows="gpt/*" --seeds=3   the ladder: what each recipe costs
-    python assets/experiments.py widths                             models from 64 to 1024 channels: hours
+    python assets/experiments.py claim --widths=256                 what averages noise: rates, starts, shares
     python assets/experiments.py lr --max_steps=150 --n_embd=64     learning rates, in bf16 and FP4 (fig. 6a)
     python assets/experiments.py onelayer --max_steps=200           one MLP trained alone (fig. 7)
     python assets/experiments.py -h                                 this text and the options
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -32,11 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 import analyze
 import train
-from analyze import (COLUMNS, PROBES, against, analyse, find, over_seeds, progress, read_command, read_run,
-                     spread, summary, table, write)
-from assets.figures import COLOURS, curves
+from analyze import (COLUMNS, analyse, find, over_seeds, progress, read_command, read_run, summary, table,
+                     write)
+from assets.figures import curves
 from data.run import (STOPPED, Stop, UserError, catch_signals, command, load_checkpoint, newest_checkpoint,
                       read_json, write_json)
+from data.tokens import load_data
 from model import flops_per_token, outline
 from train import OWN_RECIPE
 
@@ -159,28 +161,6 @@ def train_all(runs, o):
     return {key: rows[c.out_dir] for key, (_, c) in runs.items() if rows[c.out_dir]}
 
 
-def measure_all(runs, o):
-    """The probes of complete runs, {key: a_run()}: {key: rows of their layers, as analyse() has them}. Each
-    run's analysis.json lies in its folder, and is made again where o.tokens or o.channels differ."""
-    options, commands = {name: getattr(o, name) for name in ("tokens", "channels")}, {}
-    rows = {c.out_dir: None for _, c in runs.values()}
-
-    def read(folder):
-        path = Path(folder, "analysis.json")
-        found = read_json(path) if path.exists() else {"options": {}}
-        if options.items() <= found["options"].items():
-            rows[folder] = [{k: math.nan if v is None else v for k, v in row.items()}
-                            for row in found["measured"]]
-            return f"SNR of the dot products {np.mean([row['dot'] for row in rows[folder]]):.2f} dB"
-    for folder in rows:
-        if not read(folder):
-            commands[folder] = [sys.executable, analyze.__file__, folder, f"--out_dir={folder}",
-                                *(f"--{name}={value}" for name, value in options.items())]
-    print(f"{len(runs) - len(commands)} runs are measured, {len(commands)} to be measured", flush=True)
-    do_all(commands, dict.fromkeys(commands, 1), o, read)
-    return {key: rows[c.out_dir] for key, (_, c) in runs.items() if rows[c.out_dir]}
-
-
 # ---------------------------------------------------------------- learning rates, and one MLP
 
 def lr(o, flags):
@@ -202,7 +182,6 @@ def lr(o, flags):
          curves(rows, "rate", "loss"), {"xscale": "log", "xticks": [float(rate) for rate in rates]})])
 
 
-WIDTHS = {64: 6, 128: 6, 256: 6, 512: 2, 1024: 1}   # and how many seeds at most
 AT_WIDTH = ("--max_steps=300", "--eval_interval=300", "--eval_iters=32")
 RATES = {"gpt": 0.512, "ngpt": 1.024}               # peak rate times width: the best at 64 and 256 (LOG.md)
 
@@ -364,176 +343,157 @@ def steps(arch, final):
              "xticks": [float(f"{part * widest:.1g}") for part in (-1, -0.5, 0, 0.5, 1)]})
 
 
-# ---------------------------------------------------------------- the claim at width
+# ---------------------------------------------------------------- the claim, asked so that it can fail
 
-PAPERS_START = {"change": "paper start", "flags": "--s_z_init=1 --alpha_init=0.05"}
-OF_4096 = {"gap_db": 26.0 - 18.6, "flatness_ratio": 3.5, "rho_s_ngpt": 1.32e-3, "rho_s_gpt": 9.31e-5,
-           "gain_ngpt": 9.4, "gain_gpt": 2.2}       # 2605.06067, fig. 1, 3 and 8
+class Start(NamedTuple):
+    """How a model begins, and the middle of its peak learning rates, times width."""
+    arch: str
+    name: str
+    flags: Callable                                 # width -> flags of train.py
+    rate: float
 
-# The runs of `widths`: {rung: {width: seeds}}.
-ON_WIDTHS = {Rung(arch, recipe): WIDTHS for arch in OWN_RECIPE for recipe in ("bf16", OWN_RECIPE[arch])}
-ON_WIDTHS |= {Rung("ngpt", recipe, **PAPERS_START): {64: 3, 128: 3, 256: 3} for recipe in ("bf16", "ngpt")}
-ON_WIDTHS |= {Rung("gpt", "ngpt"): {256: 3}}        # the control
-for n in (2, 4):
-    ON_WIDTHS |= {Rung(arch, "bf16", f"{n}x tokens", tokens=n): {128: 1} for arch in OWN_RECIPE}
-    ON_WIDTHS[Rung("ngpt", "bf16", f"paper start {n}x tokens", PAPERS_START["flags"], n)] = {128: 1}
+    def __str__(self):
+        return f"{self.arch}/{self.name}"
 
 
-def partner(rung):
-    """The GPT with which `widths` compares an nGPT: in its own recipe too, after as many tokens."""
-    recipe = "bf16" if rung.recipe == "bf16" else OWN_RECIPE["gpt"]
-    return next(gpt for gpt in ON_WIDTHS if gpt[:2] == ("gpt", recipe) and gpt.tokens == rung.tokens)
+# GPT with the usual standard deviation of weights, and with one that makes rows as long as nGPT's
+STARTS = (
+    Start("gpt", "std 0.02", lambda C: ["--init_std=0.02"], 0.256),
+    Start("gpt", "std C^-0.5", lambda C: [f"--init_std={C**-0.5:.4g}"], 0.256),
+    Start("ngpt", "ours", lambda C: [f"--s_z_init={C**0.5:.3g}", "--alpha_init=0.4"], 0.512),
+    Start("ngpt", "paper", lambda C: ["--s_z_init=1", "--alpha_init=0.05"], 0.512),
+)
+STOPS = 1 / 4, 1 / 2, 1                             # parts of a run after which it is measured
+MOST_RATES = 7
 
 
-def chance(differences):
-    """p, two-sided, of n paired differences if their signs were chance: the share of all 2^n choices of signs
-    with a mean as far from 0. The test is exact, and p is below 0.05 only for n of 6 and more."""
-    d = np.array(differences)
-    signs = np.array(list(itertools.product((1, -1), repeat=len(d))))
-    return float((abs(signs @ d) >= abs(d.sum()) * (1 - 1e-9)).mean())
+def claim(o, flags):
+    """Does nGPT average more noise away than GPT, each at its own best rate? And at an equal share of the
+    initial weight? Each start is trained in bf16 at three rates and more, until the best lies between two; at
+    the best from more seeds. Loss is that of all of the validation text."""
+    chosen = [start for start in STARTS if any(fnmatch(str(start), glob) for glob in o.rows.split(","))]
+    if not chosen:
+        raise UserError(f"--rows={o.rows}: no such row; the rows are {', '.join(map(str, STARTS))}")
+    places = list(itertools.product(asked_widths(o, flags) or [256], chosen))
+    if len(places) > 1 and o.processes > 1:         # a process each; here we read then what they found
+        commands = {f"{o.out_dir}/{width} {start}": [
+            sys.executable, __file__, "claim", f"--rows={start}", f"--widths={width}", "--processes=1",
+            *(f"--{name}={getattr(o, name)}" for name in ("out_dir", "tokens", "channels", "seed", "seeds")),
+            *flags] for width, start in places}
+        costs = {place: cost_of(width, start, o, flags) for place, (width, start) in
+                 zip(commands, places, strict=True)}
+        print(f"{sum(costs.values()) / 1e12:,.0f} TFLOP at least, {o.processes} processes", flush=True)
+        error = do_all(commands, costs, o, lambda place: "measured")
+        if error:
+            raise UserError(error)
+    rows = [row for width, start in places for row in of_start(width, start, o, flags)]
+    points = summary(rows, ("width", "arch", "recipe", "rate", "seed", "step", "best"), np.mean)
+    report_claim(rows, points, o, flags)
 
 
-def runs_to_decide(differences):
-    """How many pairs would show a difference of this mean and spread at p < 0.05 four times out of five: the
-    number for a normal deviate, and 1.96^2 / 2 more because the spread is unknown too; six at least."""
-    mean, sd = spread(differences)
-    enough = np.ceil(((1.960 + 0.842) * sd / mean)**2 + 1.960**2 / 2) if mean else math.inf
-    return float(np.maximum(enough, 6))
+def of_claim(width, start, rate, seed, o, flags):
+    """The Config of a run of the claim."""
+    more = [*at_width(start.arch, width), *start.flags(width), "--recipe=bf16", f"--seed={seed}",
+            *flags, f"--learning_rate={rate:.4g}"]
+    _, c = a_run(f"claim {width} {start.arch} {start.name} {rate:.4g} {seed}", start.arch, o, more)
+    val = load_data(c.dataset, c.model.block_size, c.model.vocab_size).val
+    return replace(c, eval_iters=len(val) // (c.batch_size * c.model.block_size), eval_interval=c.max_steps,
+                   warmup_steps=c.max_steps // 10 if start.arch == "gpt" else 0)
 
 
-def widths(o, flags):
-    """How the paper's findings at width 4096 grow with width: probes, theory and losses."""
-    o.widths = o.widths or ",".join(map(str, WIDTHS))
-    chosen, wanted, runs = asked_widths(o, flags), rows_of(ON_WIDTHS, o), {}
-    if not {*chosen} <= WIDTHS.keys():
-        raise UserError(f"--widths={o.widths}: must be of {', '.join(map(str, WIDTHS))}")
-    beside = [partner(rung) for rung in wanted] + [rung._replace(recipe="bf16") for rung in wanted]
-    for width, rung in itertools.product(chosen, [rung for rung in ON_WIDTHS if rung in wanted + beside]):
-        for seed in range(o.seed, o.seed + min(o.seeds, ON_WIDTHS[rung].get(width, 0))):
-            runs[rung, width, seed] = of_rung(rung, seed, f"{width} {rung.arch} {rung} {seed}", o,
-                                              [*at_width(rung.arch, width), *flags])
-    if not runs:
-        raise UserError(f"--rows={o.rows}: at none of these widths")
-    found = train_all(runs, o)
-    measured, pairs = measure_all({key: runs[key] for key in found}, o), []
-
-    def layers_of(rung, width):
-        return [row for (*what, _), rows in measured.items() if what == [rung, width] for row in rows]
-    for width, rung in itertools.product(chosen, ON_WIDTHS):
-        if rung.arch == "ngpt":
-            both = layers_of(rung, width) + layers_of(partner(rung), width)
-            pairs += [row | {"change": rung.change, "tokens": rung.tokens, "papers_start": bool(rung.flags)}
-                      for row in against(both)]
-    print("\nnGPT over GPT, means of the layers that both have in FP4: SNR of the dot products in dB, "
-          "measured and by\neq. 5; growth of GPT's loss under noise over nGPT's; SNR of the products in dB; "
-          "correlations of signal and\nnoise; averaging gain in dB")
-    each = {f"{key}_{arch}": PROBES[key].form for key in ("products", "rho_s", "rho_n", "gain")
-            for arch in OWN_RECIPE}
-    table(pairs, {"width": "", "ngpt": "", "change": "", "gpt": "", "seeds": "", "gap_db": "+.2f",
-                  "eq5_db": "+.2f", "flatness_ratio": ".2f"} | each)
-    errors = relative_errors(found)
-    print("\nfinal validation loss of bf16 runs, and relative errors of FP4 runs of the same seed, evaluated "
-          "in bf16\nand in FP4")
-    final = over_seeds(errors, "width", "arch", "recipe", "change")
-    table(final, {"width": "", "arch": "", "recipe": "", "change": "", "bf16": ".4f", "error": "+.2%",
-                  "in_fp4": "+.2%"})
-    decisions = decide(errors, chosen)
-    print("\nrelative error in FP4, GPT's less nGPT's of the same seed: mean, p if signs were chance "
-          "(exact), and\nhow many pairs would show such a difference, with such a spread, four times out of "
-          "five")
-    table(decisions, {"width": "", "change": "", "pairs": "", "difference": "+.2%", "p": ".3f",
-                      "needed": ".0f"})
-    write(o, "widths", {"flags": flags, "pairs": pairs, "final": final, "decisions": decisions,
-                        "errors": errors}, over_width(pairs, final))
+def cost_of(width, start, o, flags):
+    """FLOPs of three rates and of the other seeds at the best one."""
+    c = of_claim(width, start, start.rate / width, o.seed, o, flags)
+    sizes = outline(replace(c.model, vocab_size=c.model.vocab_size or 1))
+    return (2 + o.seeds) * c.max_steps * train.tokens_of(c, 0) * flops_per_token(sizes)
 
 
-def relative_errors(found):
-    """Rows of the FP4 runs of `widths` that have a bf16 twin."""
-    rows = []
-    for (rung, width, seed), mine in found.items():
-        twin = found.get((rung._replace(recipe="bf16"), width, seed))
-        if rung.recipe != "bf16" and twin:
-            bf16, last = twin[-1]["val_loss"], mine[-1]
-            rows.append({"width": width, "arch": rung.arch, "recipe": rung.recipe, "change": rung.change,
-                         "seed": seed, "bf16": bf16, "error": last["val_loss"] / bf16 - 1,
-                         "in_fp4": last.get("val_loss_fp4", math.nan) / bf16 - 1})
-    return rows
+def of_start(width, start, o, flags):
+    """Rows of the layers of all runs of a start at a width, at each of STOPS; best: of the best rate."""
+    rows, losses = {}, {}
+
+    def measure_run(rate, seed):
+        c = of_claim(width, start, rate, seed, o, flags)
+        mine = {"recipe": start.name, "rate": rate, "seed": seed}
+        rows[rate, seed] = [row | mine for part in STOPS
+                            for row in at_step(c, math.ceil(part * c.max_steps), o)]
+        print(f"{c.out_dir}: loss {rows[rate, seed][-1]['loss']:.4f}", flush=True)
+        return rows[rate, seed][-1]["loss"]
+    middle = start.rate / width
+    wanted = [middle / 2, middle, 2 * middle]
+    while wanted and len(losses) < MOST_RATES:
+        losses |= {rate: measure_run(rate, o.seed) for rate in wanted}
+        best = min(losses, key=losses.get)
+        wanted = [best / 2] if best == min(losses) else [2 * best] if best == max(losses) else []
+    for seed in range(o.seed + 1, o.seed + o.seeds):
+        measure_run(best, seed)
+    return [row | {"best": rate == best} for (rate, _), some in rows.items() for row in some]
 
 
-def decide(errors, chosen):
-    """Does nGPT lose less than GPT by training in 4 bits, each in its own recipe? At every width, and in the
-    mean of all widths. We pair runs of one seed, because they see the same data."""
-    rows, gpts = [], find(errors, arch="gpt", recipe=OWN_RECIPE["gpt"])
-    for change in dict.fromkeys(row["change"] for row in find(errors, arch="ngpt")):
-        ngpts = find(errors, arch="ngpt", change=change)
-        by_width = {width: {n["seed"]: g["in_fp4"] - n["in_fp4"] for n in find(ngpts, width=width)
-                            for g in find(gpts, width=width, seed=n["seed"])} for width in chosen}
-        by_width = {width: found for width, found in by_width.items() if found}
-        if len(by_width) > 1:
-            seeds = sorted(set().union(*by_width.values()))
-            by_width["all"] = {seed: np.mean([found[seed] for found in by_width.values() if seed in found])
-                               for seed in seeds}
-        rows += [{"width": width, "change": change, "pairs": len(d), "difference": spread([*d.values()]),
-                  "p": chance([*d.values()]), "needed": runs_to_decide([*d.values()])}
-                 for width, d in by_width.items()]
-    return rows
+def report_claim(rows, points, o, flags):
+    """Tables and a picture: all rates; the best over time; gaps at the best rates and at equal shares."""
+    last = [row for row in points if row["step"] == max(other["step"] for other in points)]
+    columns = {name: COLUMNS[name] for name in ("dot", "gain", "gain_old", "gain_new", "rho_s")}
+    columns = {"loss": ".4f", "initial": ".0%", **columns, "growth": ".4f"}
+    head = {"width": "", "arch": "", "recipe": "", "rate": ".2e"}
+    print("all rates, at the end, of the first seed: loss on all of the validation text; means of the layers")
+    table(find(last, seed=o.seed), head | {"best": ""} | columns)
+    print("\nat the best rates, as training goes on; below: deviations over seeds")
+    table(over_seeds(find(points, best=True), "step", *head), {"step": ""} | head | columns)
+    at_best, at_share = gaps(rows, points)
+    print("\nnGPT over GPT, SNR of the dot products in dB, each at its best rate: by type of layer")
+    table(at_best, {"width": "", "ngpt": "", "gpt": "", "layer": "", "gap_db": "+.2f"})
+    print(f"\nthe same of all pairs of runs whose shares of the initial weight differ by {NEAR:.0%} at most")
+    table(at_share, {"width": "", "ngpt": "", "gpt": "", "pairs": "", "initial": ".0%", "gap_db": "+.2f"})
+    width = max(row["width"] for row in points)
+    ends, ways = find(last, width=width, seed=o.seed), find(points, width=width)
+    write(o, "claim", {"flags": flags, "points": points, "best": at_best, "equal_share": at_share}, [
+        (f"width {width}", "peak learning rate", "validation loss, nats", curves(ends, "rate", "loss"),
+         {"xscale": "log"}),
+        ("rates, and times of training", "share of the initial weight", "averaging gain, dB",
+         curves(ways, "initial", "gain", linestyle=""), {}),
+        ("of what was learned alone", "share of the initial weight", "averaging gain, dB",
+         curves(ways, "initial", "gain_new", linestyle=""), {})])
 
 
-def over_width(pairs, final):
-    """Panels of `widths`. Models are trained in bf16 unless a label says otherwise; stars are the paper's."""
-    in_fp4 = find(pairs, ngpt=OWN_RECIPE["ngpt"], change="")
-    by_start = [find(pairs, ngpt="bf16", papers_start=start) for start in (False, True)]
-    mine, papers = (find(rows, tokens=1) for rows in by_start)
-    at = [row["width"] for row in pairs if row["tokens"] > 1]
-    longer, papers_longer = ([row for row in rows if row["width"] in at] for rows in by_start)
-    ticks = sorted({row["width"] for row in pairs})
-    axis = {"xscale": "log", "xticks": [*ticks, 4096]}
+NEAR = 0.05                                         # shares of the initial weight that count as equal
 
-    def line(rows, key, label="", x="width", **look):
-        look = {"marker": "o", "color": COLOURS["ngpt"], "label": label} | look
-        return [row[x] for row in rows], [row[key] for row in rows], look
 
-    def from_papers_start(key, rows=papers, x="width"):
-        return line(rows, key, "nGPT from the paper's start", x, color="gray", marker="v")
+def gaps(rows, points):
+    """(rows of the gap at the best rates, by type of layer; of the mean gap at equal shares)"""
+    best, share = [], []
+    typed = [row | {"layer": row["layer"].rpartition(".")[2]} for row in find(rows, best=True)]
+    typed += [row | {"layer": "all"} for row in typed]
+    typed = [row for row in typed if row["step"] == max(other["step"] for other in typed)]
+    typed = summary(typed, ("width", "arch", "recipe", "seed", "layer"), np.mean)
+    for mine, n, g in pairs_of(typed, "layer", "seed"):
+        best.append(mine | {"layer": n["layer"], "seed": n["seed"], "gap_db": n["dot"] - g["dot"]})
+    for mine, n, g in pairs_of(points):
+        if abs(n["initial"] - g["initial"]) <= NEAR:
+            share.append(mine | {"seed": (n["rate"], n["step"], g["rate"], g["step"], n["seed"], g["seed"]),
+                                 "initial": n["initial"], "gap_db": n["dot"] - g["dot"]})
+    best = over_seeds(best, "width", "ngpt", "gpt", "layer")
+    found = over_seeds(share, "width", "ngpt", "gpt")
+    for row in found:
+        row["pairs"] = len(find(share, width=row["width"], ngpt=row["ngpt"], gpt=row["gpt"]))
+    return best, found
 
-    def stars(*keys):
-        return [([4096], [OF_4096[key]], {"marker": "*", "markersize": 9, "linestyle": "", "color":
-                 COLOURS["gpt" if key.endswith("_gpt") else "ngpt"]}) for key in keys]
 
-    def both(rows, x, key):
-        return curves([{"arch": arch, "recipe": row[arch], x: row[x], key: row[f"{key}_{arch}"]}
-                       for arch in OWN_RECIPE for row in rows], x, key)
-    percent = [row | {"percent": tuple(100 * v for v in row["in_fp4"])} for row in find(final, change="")
-               if row["recipe"] == OWN_RECIPE[row["arch"]]]
-    return [
-        ("nGPT over GPT", "width", "ratio of SNR(dot), dB", [
-            line(mine, "gap_db", "measured"), line(mine, "eq5_db", "eq. 5", linestyle="--", marker="x"),
-            line(in_fp4, "gap_db", "trained in FP4", linestyle=":", marker="s"),
-            from_papers_start("gap_db"), *stars("gap_db")], axis),
-        ("correlation of the signal", "width", "rho_s", [
-            *both(mine, "width", "rho_s"), from_papers_start("rho_s_ngpt"),
-            *stars("rho_s_ngpt", "rho_s_gpt")], axis | {"yscale": "log"}),
-        ("averaging gain", "width", "SNR(dot) / SNR(products), dB", [
-            *both(mine, "width", "gain"), from_papers_start("gain_ngpt"),
-            *stars("gain_ngpt", "gain_gpt")], axis),
-        ("final loss in FP4", "width", "(FP4 - BF16) / BF16, %", curves(percent, "width", "percent"),
-         axis | {"xticks": ticks}),
-        ("flatness", "width", "growth of GPT's loss over nGPT's", [
-            line(mine, "flatness_ratio"), from_papers_start("flatness_ratio"),
-            *stars("flatness_ratio")], axis),
-        ("trained longer", "tokens, in units of the others'", "rho_s",
-         [*both(longer, "tokens", "rho_s"), from_papers_start("rho_s_ngpt", papers_longer, "tokens")],
-         {"xscale": "log", "xticks": (1, 2, 4)})]
+def pairs_of(rows, *alike):
+    """({width, ngpt, gpt: names of starts}, row of nGPT, row of GPT) of rows that agree in these fields."""
+    for n, g in itertools.product(find(rows, arch="ngpt"), find(rows, arch="gpt")):
+        if all(n[key] == g[key] for key in ("width", *alike)):
+            yield {"width": n["width"], "ngpt": n["recipe"], "gpt": g["recipe"]}, n, g
 
 
 # ---------------------------------------------------------------- the command line
 
-COMMANDS = {"recipes": recipes, "widths": widths, "lr": lr, "onelayer": onelayer}
+COMMANDS = {"recipes": recipes, "claim": claim, "lr": lr, "onelayer": onelayer}
 OPTIONS = analyze.OPTIONS | {
-    "config": ("", "runs train configs/{gpt,ngpt}_CONFIG.py: ladder for recipes and widths, else tiny"),
-    "seeds": (3, "runs of each row of recipes, from --seed on; at most, of widths"),
-    "widths": ("", f"of widths: {','.join(map(str, WIDTHS))}; of onelayer: its config's"),
-    "rows": ("*", "rows of recipes and widths, as globs: ngpt/*,gpt/nvfp4*"),
+    "config": ("", "runs train configs/{gpt,ngpt}_CONFIG.py: ladder for recipes and claim, else tiny"),
+    "seeds": (3, "runs of each row of recipes, from --seed on; of claim: at the best rates"),
+    "widths": ("", "of claim: 256; of onelayer: its config's"),
+    "rows": ("*", "rows of recipes and claim, as globs: ngpt/*,gpt/nvfp4*"),
     "processes": (1 if torch.cuda.is_available() else os.cpu_count() or 1, "runs at a time"),
     "rates": ("5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2", "peak learning rates of lr")}
 
@@ -545,7 +505,7 @@ def main(argv):
         raise UserError(f"{' '.join(words)}: must be one of {', '.join(COMMANDS)}")
     if min(o.seeds, o.processes) < 1:
         raise UserError("--seeds, --processes must be 1 or more")
-    o.config = o.config or ("ladder" if words[0] in ("recipes", "widths") else "tiny")
+    o.config = o.config or ("ladder" if words[0] in ("recipes", "claim") else "tiny")
     COMMANDS[words[0]](o, flags)
 
 
