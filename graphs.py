@@ -55,14 +55,18 @@ def capture(work, pool):
 
 def why_no_graph(run):
     """Why a run's micro-batches are no CUDA graph, in words; None: they are."""
-    if run.device.type != "cuda" or not run.c.compile:
-        return "a GPU and --compile are needed"
+    if run.device.type != "cuda" or not run.c.compile or not run.c.cuda_graph:
+        return "it takes a GPU, --compile and --cuda_graph"
     if run.ranks.sharded:
         return "ranks exchange weights and gradients meanwhile"
     if run.c.model.document_start is not None:
         return "documents are kept apart"
-    if nvfp4.fp4_layers(run.model) and any(block.mixer.waits for block in run.model.blocks):
+    layers = nvfp4.fp4_layers(run.model)
+    if layers and any(block.mixer.waits for block in run.model.blocks):
         return "experts wait to know how many tokens each has"
+    formats = {m.cfg.format_of(operand) for m in layers for operand in nvfp4.OPERANDS}
+    if not all(nvfp4.FORMATS[name].kernels for name in formats):
+        return f"no kernels for {', '.join(sorted(formats))}"
     return None
 
 

@@ -223,8 +223,8 @@ class Format:
 
     @property
     def bits(self):
-        """Bits a value takes, scales included, but those of a tensor or row."""
-        return 4 + 8 * self.scale_dtype.itemsize / self.block
+        """Bits a value takes, scales of blocks included, but not those of a tensor or row."""
+        return 4 if self.by_row else 4 + 8 * self.scale_dtype.itemsize / self.block
 
     def shape_of(self, square):
         """(rows, columns) of a block."""

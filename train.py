@@ -82,6 +82,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; auto: bfloat16 where it is fast
     compile: bool = True                            # torch.compile all that can be; False: nothing at all
+    cuda_graph: bool = True                         # GPU: replay micro-batches, where that can be: graphs.py
     deterministic: bool = False                     # GPU: the same bits in every run, at some cost in speed
     parallel: Literal["ddp", "zero2", "fsdp"] = "ddp"  # what ranks keep: all, or parts of it; see ranks.py
     activation_checkpointing: bool = False          # keep a block's input alone; compute the rest twice
@@ -451,7 +452,8 @@ def peak_flops(device):
 # the order of sums at most. The dataset may move: check_resumable() compares the origin of the data instead.
 WATCHING = ("out_dir", "init_from", "resume", "stop_at", "device", "eval_interval", "eval_iters",
             "gradient_noise", "log_interval", "checkpoint_interval", "sample_tokens", "profile", "mirror")
-FREE = (*WATCHING, "dataset", "compile", "deterministic", "parallel", "activation_checkpointing")
+FREE = (*WATCHING, "dataset", "compile", "cuda_graph", "deterministic", "parallel",
+        "activation_checkpointing")
 
 
 def check_resumable(c, saved, origin):

@@ -2,11 +2,11 @@
 # The standard transformer beside configs/ngpt_tiny.py: same size, data and length, NVIDIA's NVFP4 recipe.
 arch = "gpt"
 recipe = "nvfp4"
-n_layer = 4
-n_embd = 256
-n_head = 4
-n_ffn = 768
-block_size = 256
+n_layer = 3
+n_embd = 192
+n_head = 3
+n_ffn = 576
+block_size = 128
 vocab_size = 4096
 
 batch_size = 16

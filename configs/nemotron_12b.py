@@ -1,4 +1,4 @@
-# python model.py configs/nemotron_12b.py    (to train it takes sharding, which is not here yet)
+# python model.py configs/nemotron_12b.py --ranks=64    (what each GPU would keep; --parallel=fsdp trains it)
 # The 12B Mamba-2 hybrid of 2509.25149, trained on 10T tokens in NVFP4: 28 Mamba-2, 28 MLP and 6 attention
 # mixers, no positions; the first 2 and the last 8 mixers in high precision. Heads of Mamba have 80 channels
 # in the model that was released; the paper says 64. It names no warm-up and no initial std: none, and 0.02.

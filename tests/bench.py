@@ -3,6 +3,8 @@ and the memory that a layer keeps for its backward.
 
     python tests/bench.py              all of it, a row each: minutes on two CPU cores
     python tests/bench.py layer        one transformer layer in BF16 and in FP4, by width (2605.06067 fig. 6b)
+    python tests/bench.py step ngpt_124m --recipe=ngpt    a training step of a config: time, MFU, peak memory,
+                                       and the longest kernels (on a CPU: operators)
     python tests/bench.py --json       one JSON object on stdout: capability, rows; with layer too
     python tests/bench.py -h           this page
 
@@ -269,6 +271,35 @@ def training_rows(device, sizes, product):
         yield row
 
 
+LONGEST = 20                                        # kernels that step names
+
+
+def print_step(argv):
+    """A training step, timed, and profiled: what takes its time. argv: a config's name, and flags."""
+    c = train.load_config([str(REPO / f"configs/{argv[0]}.py"), *argv[1:]])
+    step, model = training_step(c)
+    device = model.embed.weight.device
+    gpu, activity = device.type == "cuda", torch.profiler.ProfilerActivity
+    ms, = median_ms([step], device, REPEAT_STEPS)
+    tokens = train.tokens_of(c, 0)
+    with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * gpu) as trace:
+        for _ in range(2):
+            step()
+        if gpu:
+            torch.cuda.synchronize()
+    found = [(event.self_device_time_total if gpu else event.self_cpu_time_total, event.count, event.key)
+             for event in trace.key_averages() if not gpu or "CUDA" in str(event.device_type)]
+    busy, launches = sum(us for us, _, _ in found) / 2e3, sum(n for _, n, _ in found) / 2
+    flops, peak = tokens * flops_per_token(model), train.peak_flops(device)
+    print(f"step of {argv[0]}, {tokens} tokens, {c.recipe}: {ms:.1f} ms, {1e3 * tokens / ms:,.0f} tokens/s"
+          + (f", MFU {1e5 * flops / ms / peak:.1f} %" if peak else ""))
+    if gpu:
+        print(f"kernels {busy:.1f} ms, {launches:.0f} launches; the rest of the time, waiting for the host, "
+              f"{max(0, ms - busy):.1f} ms; peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    for us, n, name in sorted(found, reverse=True)[:LONGEST]:
+        print(f"  {us / 2e3:9.2f} ms {us / 20 / busy:5.1f} %  x{n / 2:6.1f}  {name[:90]}")
+
+
 # ---------------------------------------------------------------- memory kept for the backward
 
 def kept_bytes(layer, tokens):
@@ -375,9 +406,14 @@ def main(argv):
     if "-h" in argv or "--help" in argv:
         print(__doc__.strip())
         return
+    if argv[:1] == ["step"]:
+        if len(argv) < 2:
+            sys.exit("tests/bench.py: step takes a config, as in step ngpt_124m --recipe=ngpt")
+        print(nvfp4.capability())
+        return print_step(argv[1:])
     for word in argv:
         if word not in ("layer", "--json"):
-            sys.exit(f"tests/bench.py: {word}: no such argument; it takes layer, --json, -h or nothing")
+            sys.exit(f"tests/bench.py: {word}: no such argument; it takes layer, step, --json, -h or nothing")
     _, device, dtype = train.meet(train.make_config({}))
     sizes, layer, capability = SIZES[device.type], "layer" in argv, nvfp4.capability(device)
     emulated = nvfp4.decoded_dtype(device, "nvfp4", torch.bfloat16) is not None

@@ -119,6 +119,17 @@ def test_functions_are_timed_in_turn():
     assert [len(ms) for ms in times] == [4, 4, 4] and all(ms > 0 for ms in sum(times, []))
 
 
+def test_a_step_is_timed_and_profiled(made_up_times, capsys):
+    bench.main(["step", "ngpt_tiny", *TINY.flags])
+    _, head, *rows = capsys.readouterr().out.splitlines()
+    assert head == "step of ngpt_tiny, 64 tokens, ngpt: 2.0 ms, 32,000 tokens/s"
+    shares = [float(row.split()[2]) for row in rows]
+    assert len(rows) == bench.LONGEST and shares == sorted(shares, reverse=True) and 50 < sum(shares) < 100.2
+    assert any("aten::addmm" in row for row in rows)
+    with pytest.raises(SystemExit, match="step takes a config"):
+        bench.main(["step"])
+
+
 # ---------------------------------------------------------------- what a layer keeps
 
 K, N, TOKENS = 128, 64, 256                          # of x (TOKENS, K) and the weight (N, K)
@@ -136,7 +147,8 @@ def test_what_a_layer_keeps_for_its_backward(recipe):
     than bf16."""
     form = FORMATS[RECIPES[recipe].format]
     found = kept(bench.make_linear(recipe, K, N, CPU))
-    assert found == form.bits / 8 + S_DEC * (TOKENS if form.by_row else 1) / (TOKENS * K)
+    ones = 1 / form.block if form.by_row else 0     # block scales of 1, which are kept too
+    assert found == form.bits / 8 + ones + S_DEC * (TOKENS if form.by_row else 1) / (TOKENS * K)
     assert kept(bench.make_linear("bf16", K, N, CPU)) == BF16_BYTES > (3 if form.by_row else 3.5) * found
     assert FORMATS["nvfp4"].bits == 4 + 8 / 16
 

@@ -19,7 +19,7 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 import analyze  # noqa: E402
 import train  # noqa: E402
 from assets import experiments  # noqa: E402
-from assets.experiments import ON_WIDTHS, OWN_RECIPE, WIDTHS, Rung, at_width, chance  # noqa: E402
+from assets.experiments import Rung  # noqa: E402
 from data.run import STOPPED, Stop  # noqa: E402
 from runs import refusal_of  # noqa: E402
 from test_analyze import log_of, results  # noqa: E402
@@ -39,11 +39,6 @@ def run(*argv):
 
 def refusal(*argv):
     return refusal_of(experiments.main, argv)
-
-
-def sizeless(flags):
-    """Flags of a run, but for those that a width decides."""
-    return [flag for flag in flags if not flag.startswith(("--n_embd", "--n_head", "--n_ffn", "--learning"))]
 
 
 def trained(capsys):
@@ -146,89 +141,88 @@ def test_one_mlp(short, tmp_path, monkeypatch):
     assert rows[2]["loss"] == pytest.approx(log_of(tmp_path / "onelayer_gpt_bf16", "val_loss")[-1], rel=1e-5)
 
 
-# ---------------------------------------------------------------- the claim at width
+# ---------------------------------------------------------------- the claim
 
-def test_chance_and_how_many_would_decide():
-    """By hand; and as many pairs as are said to be needed, drawn at random, decide four times out of five.
-
-    error   three standard deviations of 200 draws: 0.09
-    """
-    assert chance([1]) == 1 and chance([1, 2, 3]) == 2 / 8 and chance([1, 2, -3]) == 1
-    assert chance([-1, -2, -3, -4, -5, -6]) == 2 / 64 and chance([5, -1, 5]) == 4 / 8
-    rng, d = np.random.default_rng(0), [0.0, 1.0, 2.0]
-    n = int(experiments.runs_to_decide(d))
-    assert analyze.spread(d) == (1, 1) and n == 10
-    for pairs, low, high in ((n, 0.71, 0.91), (n - 4, 0.1, 0.6)):               # fewer: a control
-        decided = [chance(rng.normal(1, 1, pairs)) < 0.05 for _ in range(200)]
-        assert low < np.mean(decided) < high
-    assert math.isnan(experiments.runs_to_decide([1])) and experiments.runs_to_decide([1, -1]) == math.inf
+START, OTHER = experiments.STARTS[0], experiments.STARTS[2]
 
 
-def test_relative_errors_in_pairs():
-    """Made-up losses: each FP4 run against bf16 of its seed, nGPT against GPT of its seed and width."""
-    def rows(bf16, in_fp4=None):
-        return [{"val_loss": bf16} | ({"val_loss_fp4": in_fp4} if in_fp4 else {})]
-    own = {(arch, high): Rung(arch, "bf16" if high else OWN_RECIPE[arch])
-           for arch in OWN_RECIPE for high in (True, False)}
-    start = Rung("ngpt", "ngpt", **experiments.PAPERS_START)
-    found = {(start, 64, 1): rows(4.0, 4.1)}        # its twin is missing: left out
-    for seed, loss in ((1, 4.0), (2, 5.0)):
-        for arch, cost in (("gpt", 1.03), ("ngpt", 1.01 * seed)):
-            found |= {(own[arch, True], 64, seed): rows(loss), (own[arch, False], 64, seed):
-                      rows(loss, cost * loss)}
-    del found[own["gpt", False], 64, 2]
-    errors = experiments.relative_errors(found)
-    assert [(row["arch"], row["seed"], round(row["in_fp4"], 6)) for row in errors] == [
-        ("gpt", 1, 0.03), ("ngpt", 1, 0.01), ("ngpt", 2, 1.02)]
-    wider = [row | {"width": 128, "in_fp4": 2 * row["in_fp4"]} for row in errors]
-    both = experiments.decide(errors + wider, [64, 128])
-    assert [(row["width"], row["pairs"]) for row in both] == [(64, 1), (128, 1), ("all", 1)]       # one seed
-    assert [row["difference"][0] for row in both] == pytest.approx([0.02, 0.04, 0.03])
+@pytest.mark.parametrize("losses, tried", [
+    ({1: 3.0, 2: 2.0, 4: 3.0}, [1, 2, 4]),                                      # between two: done
+    ({1: 3.0, 2: 2.0, 4: 1.0, 8: 0.5, 16: 0.7}, [1, 2, 4, 8, 16]),
+    ({1: 1.0, 2: 2.0, 4: 3.0, 0.5: 1.5}, [1, 2, 4, 0.5]),
+    ({2.0**i: -i for i in range(20)}, [1, 2, 4, 8, 16, 32, 64])])               # no end: given up
+def test_rates_are_tried_until_the_best_lies_between_two(monkeypatch, losses, tried):
+    """Made-up losses; other seeds at the best rate alone."""
+    runs, o = [], SimpleNamespace(seed=1, seeds=2)
+    monkeypatch.setattr(experiments, "of_claim", lambda width, start, rate, seed, *_: SimpleNamespace(
+        out_dir="", max_steps=8, rate=rate, seed=seed))
+
+    def measured(c, step, o):
+        if step == 8:
+            runs.append((c.rate, c.seed))
+        return [{"step": step, "loss": losses[c.rate]}]
+    monkeypatch.setattr(experiments, "at_step", measured)
+    rows = experiments.of_start(1, START._replace(rate=2), o, [])
+    best = min((losses[rate], rate) for rate in tried)[1]
+    assert runs == [*((rate, 1) for rate in tried), (best, 2)]
+    assert {row["rate"] for row in rows if row["best"]} == {best}
+    assert [row["step"] for row in rows if (row["rate"], row["seed"]) == (best, 2)] == [2, 4, 8]
 
 
-def test_what_widths_trains():
-    """Every rung has its partner and its twin, with at least as many seeds."""
-    for rung, seeds in ON_WIDTHS.items():
-        twin = rung._replace(recipe="bf16")
-        for other in (experiments.partner(rung), twin) if rung.arch == "ngpt" else (twin,):
-            assert all(ON_WIDTHS[other].get(width, 0) >= n for width, n in seeds.items()), other
-    gpt, ngpt = (train.load_config([f"configs/{arch}_ladder.py", *at_width(arch, 512)])
-                 for arch in ("gpt", "ngpt"))
-    assert (gpt.model.n_embd, gpt.model.n_head, gpt.model.n_ffn) == (512, 16, 1536) and set(WIDTHS) >= {512}
-    assert (gpt.learning_rate, ngpt.learning_rate) == (1e-3, 2e-3) and ngpt.model.s_z_init == 22.6
-    assert [c.max_steps * train.tokens_of(c, 0) for c in (gpt, ngpt)] == [614_400] * 2
+def test_what_the_claim_trains(tmp_path):
+    o = SimpleNamespace(out_dir=str(tmp_path), config="ladder")
+    data = ["--dataset=sotu", "--vocab_size=4096"]
+    if not (REPO / "data/sotu/val.bin").exists():
+        pytest.skip("the default text is not prepared")
+    for start, name, value in ((experiments.STARTS[0], "init_std", 0.02),
+                               (experiments.STARTS[1], "init_std", 0.0625), (OTHER, "s_z_init", 16.0),
+                               (experiments.STARTS[3], "alpha_init", 0.05)):
+        c = experiments.of_claim(256, start, 1e-3, 7, o, data)
+        assert getattr(c.model, name) == value and (c.model.n_embd, c.learning_rate, c.seed) == (256, 1e-3, 7)
+        assert c.recipe == "bf16" and c.warmup_steps == (30 if start.arch == "gpt" else 0)
+        n = c.eval_iters * c.batch_size * c.model.block_size
+        assert c.weight_decay == 0.1 * (start.arch == "gpt")
+        assert 0.95 < n / len(train.load_data("sotu", 256).val) <= 1            # all of it
+
+
+def test_gaps_are_of_best_rates_and_of_equal_shares():
+    """Made-up rows: one layer of each of two types."""
+    def rows(arch, name, rate, share, dot, best=True, seed=1, step=8):
+        return [{"width": 64, "arch": arch, "recipe": name, "rate": rate, "seed": seed, "step": step,
+                 "best": best, "layer": f"blocks.{i}.mixer.{layer}", "dot": dot + i, "initial": share}
+                for i, layer in enumerate(("qkv", "fc1"))]
+    layers = [*rows("gpt", "a", 1e-3, 0.5, 10.0), *rows("gpt", "a", 1e-3, 0.5, 12.0, seed=2),
+              *rows("gpt", "a", 2e-3, 0.2, 14.0, best=False), *rows("ngpt", "b", 1e-3, 0.22, 15.0),
+              *rows("ngpt", "b", 1e-3, 0.22, 16.0, seed=2), *rows("ngpt", "b", 1e-3, 0.9, 1.0, step=4)]
+    keys = ("width", "arch", "recipe", "rate", "seed", "step", "best")
+    points = analyze.summary(layers, keys, np.mean)
+    best, share = experiments.gaps(layers, points)
+    assert {row["layer"]: row["gap_db"][0] for row in best} == {"qkv": 4.5, "fc1": 4.5, "all": 4.5}
+    assert best[0]["gap_db"][1] == pytest.approx(0.5**0.5)                      # 5 and 4
+    row, = share                                    # a GPT of another rate has forgotten as much
+    assert row["pairs"] == 2 and row["gap_db"][0] == 1.5 and row["initial"][0] == pytest.approx(0.22)
 
 
 @pytest.mark.long
-def test_widths(short, tmp_path, monkeypatch, capsys):
-    """Two widths, one seed, in processes of their own: gaps are those of analyse(), errors those of the logs.
-    Nothing is trained or measured again."""
-    four = [rung for rung in ON_WIDTHS if not rung.change and rung.recipe in ("bf16", OWN_RECIPE[rung.arch])]
-    monkeypatch.setattr(experiments, "WIDTHS", {32: 1, 64: 1})
-    monkeypatch.setattr(experiments, "ON_WIDTHS", dict.fromkeys(four, experiments.WIDTHS))
-    argv = ["widths", f"--out_dir={tmp_path}", "--widths=32,64", "--tokens=128", "--channels=16",
-            *sizeless(short)]
+def test_the_claim(short, tmp_path, capsys):
+    """Two starts, a process each, two seeds. Nothing is trained or measured again."""
+    sized = "--n_embd", "--n_head", "--n_ffn", "--learning"
+    sizeless = [flag for flag in short if not flag.startswith(sized)]
+    argv = ["claim", f"--out_dir={tmp_path}", "--widths=32", "--tokens=128", "--channels=16", "--seeds=2",
+            "--processes=2", "--rows=gpt/std 0.02,ngpt/ours", *sizeless]
     run(*argv)
     said = capsys.readouterr().out
-    assert "8 to be trained" in said and "8 to be measured" in said
-    found = results(tmp_path, "widths")
-    o = SimpleNamespace(tokens=128, channels=16, seed=0)
-    layers = [row for arch, recipe in (("gpt", "nvfp4"), ("ngpt", "ngpt"))
-              for row in analyze.analyse(tmp_path / f"64_{arch}_{recipe}_0", o)["layers"]]
-    pair, = analyze.find(found["pairs"], width=64, ngpt="ngpt")
-    by_hand, = analyze.against(layers)
-    for key in ("gap_db", "eq5_db", "flatness_ratio", "rho_s_gpt", "gain_ngpt"):
-        assert pair[key][0] == pytest.approx(by_hand[key][0], rel=1e-3, abs=1e-4), key  # six digits in a file
-    bf16, fp4 = (log_of(tmp_path / f"32_gpt_{name}_0", key)[-1]
-                 for name, key in (("bf16", "val_loss"), ("nvfp4", "val_loss_fp4")))
-    row, = analyze.find(found["errors"], width=32, arch="gpt")
-    assert row["in_fp4"] == pytest.approx(fp4 / bf16 - 1, rel=1e-3, abs=1e-6)
-    shutil.rmtree(tmp_path / "64_ngpt_bf16_0")
-    (tmp_path / "32_gpt_bf16_0" / "analysis.json").unlink()
+    assert "TFLOP at least, 2 processes" in said and "by type of layer" in said
+    found = results(tmp_path, "claim")
+    ends = analyze.find(found["points"], arch="ngpt", step=4, seed=0)
+    best = min(ends, key=lambda row: row["loss"])
+    assert best["best"] and len(ends) >= 3 and best["rate"] not in (min(r["rate"] for r in ends),
+                                                                    max(r["rate"] for r in ends))
+    assert len(analyze.find(found["points"], arch="ngpt", step=4, seed=1)) == 1
+    times = {path: path.stat().st_mtime for path in tmp_path.glob("*/ckpt.pt")}
     run(*argv)
-    said = capsys.readouterr().out
-    assert "7 runs are complete, 1 to be" in said and "6 runs are measured, 2 to be" in said
-    assert results(tmp_path, "widths")["pairs"] == found["pairs"]
+    assert times == {path: path.stat().st_mtime for path in tmp_path.glob("*/ckpt.pt")}
+    assert results(tmp_path, "claim")["points"] == found["points"]
 
 
 @pytest.mark.long
@@ -250,15 +244,15 @@ def test_a_ladder_that_is_stopped_goes_on(short, tmp_path):
 
 
 WRONG = {
-    ("layers",): "layers: must be one of recipes, widths, lr, onelayer",
+    ("layers",): "layers: must be one of recipes, claim, lr, onelayer",
     ("lr", "out/gpt"): "lr out/gpt: must be one of",
     ("lr", "--rates=fast"): "learning_rate='fast' must be a number",
     ("lr", "--stop_at=3"): "--stop_at=3: an experiment stops and resumes by itself; leave it out",
     ("recipes", "--seeds=0"): "--seeds, --processes",
     ("recipes", "--rows=no/such"): "--rows=no/such: no such row",
-    ("widths", "--widths=wide"): "--widths=wide: must be multiples of 32",
-    ("widths", "--widths=96"): "--widths=96: must be of 64, 128, 256, 512, 1024",
-    ("widths", "--n_embd=64"): "--n_embd=64: follows from the width",
+    ("claim", "--widths=wide"): "--widths=wide: must be multiples of 32",
+    ("claim", "--widths=64", "--n_embd=64"): "--n_embd=64: follows from the width",
+    ("claim", "--rows=gpt"): "--rows=gpt: no such row; the rows are gpt/std 0.02, gpt/std C^-0.5, ngpt/ours",
 }
 
 
