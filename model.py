@@ -835,7 +835,9 @@ class NGPT(GPT):
         self.normalize_()
 
     def logits(self, h):
-        return super().logits(h) * self.s_z()   # (B, T, V): cosines times a learned scale for each token
+        """(B, T, V): cosines, times a learned scale for each token of the vocabulary. We scale the weight: to
+        scale logits would take a pass over all of them, and a sum over them in the backward."""
+        return F.linear(h, self.head.weight * self.s_z()[:, None])
 
     @torch.no_grad()
     def normalize_(self):

@@ -1,4 +1,4 @@
-# python model.py configs/ngpt_hybrid_30b.py --ranks=64    (what each GPU would keep; --parallel=fsdp trains it)
+# python model.py configs/ngpt_hybrid_30b.py --ranks=64   (what a GPU would keep; --parallel=fsdp trains it)
 # The 3B/30B Mamba-2 + MoE hybrid of 2605.06067, normalized: the pattern of Nemotron 3 Nano (2512.20848),
 # 31.6B parameters of which 3.2B are active, nGPT's recipe, the last 15 % of the mixers in high precision.
 # 3072 sequences * 8192 tokens = 25.2e6 tokens a step; 39,736 steps = 1e12 tokens; the paper stopped at half.
