@@ -4,6 +4,7 @@
     python assets/experiments.py claim --widths=256                 what averages noise: rates, starts, shares
     python assets/experiments.py lr --max_steps=150 --n_embd=64     learning rates, in bf16 and FP4 (fig. 6a)
     python assets/experiments.py onelayer --max_steps=200           one MLP trained alone (fig. 7)
+    python assets/experiments.py accumulation --max_steps=200       GEMMs that add up as Blackwell's do: slow
     python assets/experiments.py -h                                 this text and the options
 
 Other flags are train.py's, and hold for every run. Each run has a folder in out_dir. The same command goes on
@@ -32,6 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, whatever the current folder
 
 import analyze
+import nvfp4
 import train
 from analyze import (COLUMNS, analyse, find, over_seeds, progress, read_command, read_run, summary, table,
                      write)
@@ -40,6 +42,7 @@ from data.run import (STOPPED, Stop, UserError, catch_signals, command, load_che
                       read_json, write_json)
 from data.tokens import load_data
 from model import flops_per_token, outline
+from papers import tensor_core_sum
 from train import OWN_RECIPE
 
 # ---------------------------------------------------------------- processes
@@ -486,9 +489,39 @@ def pairs_of(rows, *alike):
             yield {"width": n["width"], "ngpt": n["recipe"], "gpt": g["recipe"]}, n, g
 
 
+# ---------------------------------------------------------------- how a GEMM adds up
+
+WAYS = {"exact": lambda a, b: a.double() @ b.double().t(), "Blackwell": tensor_core_sum,
+        "fp32": lambda a, b: a.float() @ b.float().t()}
+
+
+def accumulation(o, flags):
+    """By how much a run differs whose FP4 GEMMs add up as Blackwell's do, or in fp32 in this machine's order,
+    from one with exact sums. Each is then scaled and rounded once."""
+    rows, weights = [], {}
+    for name, way in WAYS.items():
+        def gemm(a, b, alpha, dtype, way=way):
+            y = way(a, b).double()
+            return (y if alpha is None else y * alpha.double()).to(dtype)
+        _, c = a_run(f"accumulation {name}", "ngpt", o, [*flags, f"--seed={o.seed}", "--compile=False"])
+        if not finished(c):
+            with nvfp4.setting(nvfp4, "gemm", gemm):
+                train.train(replace(c, resume=newest_checkpoint(c.out_dir).exists()))
+        model, run = train.load_run(c.out_dir)[0], read_run(c.out_dir)
+        weights[name] = torch.cat([p.detach().flatten() for p in model.matrices()])
+        exact, last = weights["exact"], run["evaluations"][-1]
+        rows.append({"sums": name, "loss": last["val_loss"], "in_fp4": last["val_loss_fp4"],
+                     "weights": float((weights[name] - exact).norm() / exact.norm())})
+    print("final validation loss, in high precision and in FP4; relative difference of the weights from "
+          "those of exact sums")
+    table(rows, {"sums": "", "loss": ".6f", "in_fp4": ".6f", "weights": ".2e"})
+    write(o, "accumulation", {"flags": flags, "results": rows})
+
+
 # ---------------------------------------------------------------- the command line
 
-COMMANDS = {"recipes": recipes, "claim": claim, "lr": lr, "onelayer": onelayer}
+COMMANDS = {"recipes": recipes, "claim": claim, "lr": lr, "onelayer": onelayer,
+            "accumulation": accumulation}
 OPTIONS = analyze.OPTIONS | {
     "config": ("", "runs train configs/{gpt,ngpt}_CONFIG.py: ladder for recipes and claim, else tiny"),
     "seeds": (3, "runs of each row of recipes, from --seed on; of claim: at the best rates"),

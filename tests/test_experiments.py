@@ -141,6 +141,19 @@ def test_one_mlp(short, tmp_path, monkeypatch):
     assert rows[2]["loss"] == pytest.approx(log_of(tmp_path / "onelayer_gpt_bf16", "val_loss")[-1], rel=1e-5)
 
 
+def test_sums_of_gemms(short, tmp_path, monkeypatch):
+    """Blackwell's differ from exact ones, by little; the run is a run, and is not trained again."""
+    argv = ["accumulation", f"--out_dir={tmp_path}", *short]
+    run(*argv)
+    rows = json.loads((tmp_path / "accumulation.json").read_text())["results"]
+    assert [row["sums"] for row in rows] == ["exact", "Blackwell", "fp32"] and rows[0]["weights"] == 0
+    assert all(0 < row["weights"] < 1e-2 for row in rows[1:])
+    assert rows[0]["loss"] == pytest.approx(log_of(tmp_path / "accumulation_exact", "val_loss")[-1], rel=1e-5)
+    monkeypatch.setattr(train, "train", None)
+    run(*argv)
+    assert json.loads((tmp_path / "accumulation.json").read_text())["results"] == rows
+
+
 # ---------------------------------------------------------------- the claim
 
 START, OTHER = experiments.STARTS[0], experiments.STARTS[2]
@@ -244,7 +257,7 @@ def test_a_ladder_that_is_stopped_goes_on(short, tmp_path):
 
 
 WRONG = {
-    ("layers",): "layers: must be one of recipes, claim, lr, onelayer",
+    ("layers",): "layers: must be one of recipes, claim, lr, onelayer, accumulation",
     ("lr", "out/gpt"): "lr out/gpt: must be one of",
     ("lr", "--rates=fast"): "learning_rate='fast' must be a number",
     ("lr", "--stop_at=3"): "--stop_at=3: an experiment stops and resumes by itself; leave it out",

@@ -4,11 +4,13 @@ Every group has a negative control: the same check fails on something broken. Al
 which needs no compiler; the last group holds the compiled code to it.
 """
 import copy
+import math
 import re
 import shutil
 import sys
 import warnings
 from dataclasses import replace
+from fractions import Fraction
 from functools import cache
 from itertools import combinations, product
 from pathlib import Path
@@ -27,7 +29,7 @@ import oracle  # noqa: E402
 import papers  # noqa: E402
 from nvfp4 import (E2M1_VALUES, FORMATS, GEMMS, OPERANDS, RECIPES, SIGNS, FP4Config, FP4Linear,  # noqa: E402
                    Quantized, choices, convert, e2m1, hadamard, matmul, quantize, quantize_both)
-from papers import PaperConfig, dge_slope, e5m2, split_outliers  # noqa: E402
+from papers import PaperConfig, dge_slope, e5m2, split_outliers, tensor_core_sum  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BLOCK = FORMATS["nvfp4"].block
@@ -425,6 +427,53 @@ def test_fixed_amax_loses_nothing_on_unit_rows(K):
     for options in ({}, {"square": True}, STOCHASTIC):
         measured = snr(None, **options)
         assert abs(snr(1.0, **options) - measured) < 0.3 < measured - snr(1e5, **options), options
+
+
+def by_fractions(a, b, bits, dot=16, k=64):
+    """tensor_core_sum() of two rows, in exact arithmetic."""
+    total = Fraction(0)
+    for start in range(0, len(a), k):
+        pairs = zip(a[start:start + k], b[start:start + k], strict=True)
+        products = [Fraction(x) * Fraction(y) for x, y in pairs]
+        terms = [sum(products[i:i + dot], Fraction(0)) for i in range(0, len(products), dot)] + [total]
+        largest = max(map(abs, terms))
+        if largest:
+            power = 0
+            while largest >= 2:
+                largest, power = largest / 2, power + 1
+            while largest < 1:
+                largest, power = largest * 2, power - 1
+            unit = Fraction(2) ** (power - bits)
+            total = sum(int(term / unit) * unit for term in terms)              # int() cuts off toward zero
+            unit = Fraction(2) ** (math.frexp(float(total))[1] - 24)            # of fp32's 24 bits
+            total = int(total / unit) * unit
+    return float(total)
+
+
+@pytest.mark.parametrize("bits", [35, 8])
+def test_tensor_core_sum_is_its_definition(bits):
+    """Bit for bit, against fractions; blocks of very different sizes, and zeros; K no multiple of 64."""
+    sizes = torch.logspace(-3, 3, 13).repeat_interleave(16)
+    a, b = (quantize(gaussian(3, 208, seed=seed) * sizes, decode=FP32).values for seed in (1, 2))
+    a[:, 64:128] = 0
+    y = tensor_core_sum(a, b, bits)
+    assert y.tolist() == [[by_fractions(m, n, bits) for n in b.tolist()] for m in a.tolist()]
+    exact = a.double() @ b.double().T
+    error = float(((y - exact).abs() / (a.double().abs() @ b.double().abs().T)).max())
+    assert (error < 2**-22) == (bits == 35) and error > 0                       # 8 bits: a control
+
+
+def test_accumulation_error_is_a_bound():
+    """Of sums that keep 13 bits behind the largest's power of two, as few as are known; and no loose one:
+    with 4 bits less it does not hold. Blackwell's 35 are far within."""
+    K, worst = 2048, {}
+    a = quantize(gaussian(64, K, seed=1).abs(), decode=FP32).values
+    b = quantize(gaussian(64, K, seed=2).abs(), decode=FP32).values
+    size = a.double() @ b.double().T                # nothing cancels, all is cut off the same way
+    for bits in (35, 13, 9):
+        worst[bits] = float(((tensor_core_sum(a, b, bits) - size).abs() / size).max())
+    allowed = K * nvfp4.ACCUMULATION_ERROR
+    assert worst[35] < 1e-5 < worst[13] <= allowed < worst[9]
 
 
 # ---------------------------------------------------------------- the layer's three GEMMs
