@@ -61,10 +61,9 @@ def why_no_graph(run):
         return "ranks exchange weights and gradients meanwhile"
     if run.c.model.document_start is not None:
         return "documents are kept apart"
-    layers = nvfp4.fp4_layers(run.model)
-    if layers and any(block.mixer.waits for block in run.model.blocks):
+    if any(block.mixer.waits for block in run.model.blocks):
         return "experts wait to know how many tokens each has"
-    formats = {m.cfg.format_of(operand) for m in layers for operand in nvfp4.OPERANDS}
+    formats = {m.cfg.format_of(name) for m in nvfp4.fp4_layers(run.model) for name in nvfp4.OPERANDS}
     if not all(nvfp4.FORMATS[name].kernels for name in formats):
         return f"no kernels for {', '.join(sorted(formats))}"
     return None

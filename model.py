@@ -167,7 +167,7 @@ class Mixer(nn.Module):
             apart there is always a dict, with state["starts"] (B, n): for each of the n tokens so far, x
             included, the position at which its document began
     """
-    waits = False                                   # in FP4, for numbers that a GPU finds: then no CUDA graph
+    waits = False                                   # for numbers that a GPU finds; then no CUDA graph
 
     def reads(self):
         """[(weight, its axis along the residual stream), ...] of layers that read the stream."""
@@ -541,7 +541,7 @@ class MoE(Mixer):
     source: 2512.20848
     """
     mlp = MLP
-    waits = True                                    # in FP4, for how many tokens each expert has
+    waits = True                                    # for how many tokens each expert has
     multiple = EXPERT_TOKENS                        # an expert's rows are filled up with zeros to this
 
     def __init__(self, c):

@@ -177,6 +177,21 @@ def test_a_graph_follows_a_change_of_length(tiny, tmp_path, monkeypatch, graphs)
     assert made == [(2, 16), (2, 32), (2, 16)]
 
 
+def test_what_cannot_be_a_graph_says_why():
+    def why(device="cuda", sharded=False, **settings):
+        c = make_config({"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64} | settings)
+        model = nvfp4.convert(outline(c.model), c.fp4, report=lambda line: None)
+        return graphs_file.why_no_graph(SimpleNamespace(
+            c=c, model=model, device=torch.device(device), ranks=SimpleNamespace(sharded=sharded)))
+    for settings in ({}, {"recipe": "nvfp4"}, {"recipe": "bf16"}, {"recipe": "tetrajet2"}):
+        assert why(**settings) is None
+    for settings, says in (({"device": "cpu"}, "a GPU"), ({"compile": False}, "--compile"),
+                           ({"cuda_graph": False}, "--cuda_graph"), ({"sharded": True}, "ranks exchange"),
+                           ({"document_start": 3}, "documents"), ({"pattern": "E*"}, "experts wait"),
+                           ({"recipe": "quartet2"}, "no kernels for ms_eden, nvfp4_46")):
+        assert says in why(**settings)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["plain", "ngpt", "gpt, all random"])
 def test_graphs_on_a_gpu_change_no_bit(tiny, tmp_path, monkeypatch, kind):
