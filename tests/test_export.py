@@ -1,9 +1,7 @@
-"""Proofs for export.py: what is written is what a layer's forward multiplies with, bit for bit, and a library
-of others reads it as we do. That is compressed-tensors, and files need safetensors: tests of them are skipped
-without (pip install -r tests/requirements.txt).
-"""
+"""Proofs for export.py: transformers computes from what is written what we compute, and tokenizers reads text
+as we do. They are skipped without: pip install -r tests/requirements.txt. Nothing is downloaded."""
+import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,194 +11,150 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import nvfp4  # noqa: E402
 import train  # noqa: E402
-from data.run import UserError  # noqa: E402
-from export import LAYOUTS, export, from_tensors, load_export, quantization_config, to_tensors  # noqa: E402
-from model import ModelConfig, build  # noqa: E402
-from nvfp4 import FORMATS, RECIPES  # noqa: E402
-from papers import PaperConfig  # noqa: E402
+from data.tokens import bpe_encoding, load_tokenizer, prepare, train_bpe  # noqa: E402
+from export import export, main, tokenizer_json  # noqa: E402
+from model import generate  # noqa: E402
+from runs import refusal_of  # noqa: E402
+from test_data import ENGLISH, FOREIGN  # noqa: E402
 
 MISSING = "is not there: pip install -r tests/requirements.txt"
-GPT = ModelConfig(arch="gpt", n_layer=2, n_embd=48, n_head=2, n_ffn=64, block_size=16, vocab_size=40)
-HYBRID = replace(GPT, pattern="ME*-", mamba_n_head=8, mamba_head_dim=8, mamba_n_group=2, mamba_n_state=12,
-                 mamba_chunk=8, moe_n_expert=3)     # in_proj has N = 184, to be filled up
-MODELS = {
-    "square blocks": (GPT, RECIPES["nvfp4"]),
-    "row blocks": (GPT, replace(RECIPES["nvfp4"], square_weights=False, tail=0.5)),
-    "four over six": (GPT, RECIPES["quartet2"]),
-    "fixed scales": (replace(GPT, arch="ngpt"), RECIPES["ngpt"]),
-    "hybrid": (HYBRID, RECIPES["nvfp4"]),
-    "normalized hybrid": (replace(HYBRID, arch="ngpt"), RECIPES["ngpt"]),
-}
+HYBRID = {"pattern": "ME*-M", "rope_base": 0, "mamba_n_head": 16, "mamba_head_dim": 4, "mamba_n_group": 2,
+          "mamba_n_state": 16, "mamba_chunk": 8, "moe_n_expert": 4, "n_ffn": 48}
+KINDS = {"Arcee": {}, "Arcee, grouped heads": {"n_head": 4, "n_kv_head": 2, "head_dim": 16, "n_layer": 2},
+         "NemotronH": HYBRID}
 pytestmark = pytest.mark.usefixtures("unfused")
 
 
-def make(kind, seed=1):
-    """A model of MODELS, with parameters at random, converted."""
-    torch.manual_seed(seed)
-    c, cfg = MODELS[kind]
-    model = build(c)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 1:
-                p += 0.1 * torch.randn_like(p)
-    return nvfp4.convert(model, cfg, report=lambda line: None).eval()
-
-
-@torch.no_grad()
-def logits(model):
-    nvfp4.set_step(model, seed=0, step=0)
-    with torch.autocast("cpu", torch.bfloat16):
-        return model(torch.arange(32).view(2, 16) % 40)
-
-
-def wrongly(codes, scales, scale):
-    """The same with one mistake each: nibbles swapped, block scales turned round, the other tensor scale."""
-    return (codes >> 4 | codes << 4, scales, scale), \
-           (codes, scales.view(torch.uint8).flip(1).view(scales.dtype), scale), \
-           (codes, scales, scale.reciprocal())
-
-
-def quantized(tensors, layout):
-    """{layer: its codes, block scales and tensor scale} of what is in 4 bits."""
-    codes_at, scales_at, tensor_at, _ = LAYOUTS[layout]
-    layers = [name.removesuffix(f".{tensor_at}") for name in tensors if name.endswith(tensor_at)]
-    return {layer: [tensors[f"{layer}.{part}"] for part in (codes_at, scales_at, tensor_at)]
-            for layer in layers if f"{layer}.{codes_at}" in tensors}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", MODELS)
-def test_round_trip_is_bit_for_bit(kind, layout):
-    """Each weight as fprop gets it, and the logits."""
-    model = make(kind)
-    tensors, kept = to_tensors(model, layout)
-    other = from_tensors(make(kind, seed=2), tensors, layout)
-    assert torch.equal(logits(other), logits(model))
-    pairs = list(zip(nvfp4.fp4_layers(model), nvfp4.fp4_layers(other), strict=True))
-    assert pairs and all(torch.equal(a.quantized.rows.dequantize(), b.quantized.rows.dequantize())
-                         for a, b in pairs)
-    assert set(kept) == {name for name, m in model.named_modules()
-                         if isinstance(m, torch.nn.Linear) and not isinstance(m, nvfp4.FP4Linear)}
-    n_matrices = sum(len(a.weight) if a.weight.dim() == 3 else 1 for a, _ in pairs)
-    assert len(quantized(tensors, layout)) == n_matrices
-    name, right = next(iter(quantized(tensors, layout).items()))
-    for wrong in wrongly(*right):
-        parts = {f"{name}.{part}": t for part, t in zip(LAYOUTS[layout], wrong, strict=False)}
-        changed = from_tensors(make(kind, seed=2), tensors | parts, layout)
-        assert not torch.equal(logits(changed), logits(model)), parts
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_shapes_and_tensor_scales_are_those_of_the_layouts(kind):
-    """weight_global_scale is top * 6 / amax, rounded once, and weight_scale_2 its reciprocal, rounded again:
-    together 2^-23 at most from amax / (6 * top)."""
-    model, (_, cfg) = make(kind), MODELS[kind]
-    theirs, nvidia = (quantized(to_tensors(model, layout)[0], layout) for layout in LAYOUTS)
-    top, weights = FORMATS[cfg.format].top, dict(model.named_parameters())
-    for name, (codes, scales, s_enc) in theirs.items():
-        *parent, expert, child = name.split(".")
-        w = weights.get(f"{name}.weight")
-        if w is None:                               # an expert, whose scale is that of all
-            w = weights[".".join([*parent, child, "weight"])]
-        N, K = w.shape[-2:]
-        assert (codes.shape, codes.dtype) == ((N, K // 2), torch.uint8)
-        assert (scales.shape, scales.dtype) == ((N, K // 16), torch.float8_e4m3fn)
-        amax = w.abs().max().double() if cfg.weight_amax is None else torch.tensor(cfg.weight_amax).double()
-        assert s_enc.shape == (1,) and s_enc == (top * 6 / amax).float()
-        assert nvidia[name][2].shape == () and abs(nvidia[name][2].double() * top * 6 / amax - 1) <= 2**-23
-        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-                   for a, b in zip((codes, scales), nvidia[name], strict=False))
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_compressed_tensors_reads_the_same_weights(kind):
-    """It divides the block scale by s_enc where we multiply by s_dec = 1 / s_enc, before the code where we do
-    it after, each rounded in fp32: 4 roundings, so that the two are 4 * 2^-24 apart at most before both are
-    rounded to its bf16. Its own order of rounding, done here, it equals bit for bit."""
-    pytest.importorskip("compressed_tensors", reason=f"compressed-tensors {MISSING}")
-    from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
-    from compressed_tensors.entrypoints.convert.converters.modelopt_nvfp4 import ModelOptNvfp4Converter
-    from compressed_tensors.quantization import QuantizationConfig
-    model, (_, cfg) = make(kind), MODELS[kind]
-    tensors, kept = to_tensors(model, "compressed_tensors")
-    said = quantization_config(cfg, "compressed_tensors", kept)["config.json"]
-    known = QuantizationConfig.model_validate(said)
-    scheme = known.config_groups["group_0"]
-    assert known.format == "nvfp4-pack-quantized" and known.ignore == kept
-
-    def read(codes, scales, scale):
-        parts = {"weight_packed": codes, "weight_scale": scales, "weight_global_scale": scale}
-        return NVFP4PackedCompressor.decompress(parts, scheme)["weight"]
-    from_nvidia = ModelOptNvfp4Converter(ignore=kept, targets=["re:.*"]).process(
-        to_tensors(model, "modelopt")[0])
-    for name, (codes, scales, s_enc) in quantized(tensors, "compressed_tensors").items():
-        theirs = read(codes, scales, s_enc)
-        q = nvfp4.Quantized(codes, scales, s_enc[0].reciprocal())
-        grid = q._replace(scales=torch.ones_like(scales, dtype=torch.float32)).decode(torch.float32)
-        lines = (scales.float() / s_enc).repeat_interleave(16, 1)
-        assert torch.equal(theirs, (grid * lines).bfloat16())
-        ours = q.dequantize()
-        ends = [(ours * (1 + d)).bfloat16() for d in (-2.0**-22, 2.0**-22)]
-        assert ((torch.minimum(*ends) <= theirs) & (theirs <= torch.maximum(*ends))).all()
-        assert (theirs == ours.bfloat16()).float().mean() > 0.99
-        for wrong in wrongly(codes, scales, s_enc):
-            assert (read(*wrong) == theirs).float().mean() < 0.9, name
-        assert torch.equal(from_nvidia[f"{name}.weight_packed"], codes)
-        assert abs(from_nvidia[f"{name}.weight_global_scale"] / s_enc - 1) <= 2**-23
-
-
-# ---------------------------------------------------------------- files
-
 @pytest.fixture(scope="module")
-def run(dataset, tmp_path_factory):
-    """(field=value, ...) -> the folder of a tiny run of two steps."""
+def run(tmp_path_factory):
+    """(field=value, ...) -> the folder of a tiny run of GPT, of 20 steps at a rate that moves all weights."""
+    data = tmp_path_factory.mktemp("data")
+    prepare([ENGLISH], [ENGLISH[:5000]], data, "a test", vocab_size=300)
+
     def folder(**changes):
         out_dir = tmp_path_factory.mktemp("run")
-        settings = {"out_dir": out_dir, "dataset": dataset, "n_layer": 1, "n_embd": 32, "n_head": 2,
-                    "block_size": 16, "batch_size": 2, "max_steps": 2, "eval_iters": 1, "sample_tokens": 0,
+        settings = {"out_dir": out_dir, "dataset": data, "arch": "gpt", "recipe": "nvfp4", "fp4_tail": 0,
+                    "n_layer": 1, "n_embd": 32, "n_head": 2, "n_ffn": 64, "block_size": 64, "batch_size": 4,
+                    "max_steps": 20, "learning_rate": 0.02, "eval_iters": 1, "sample_tokens": 0,
                     "device": "cpu", "compile": False, **changes}
         train.main([f"--{name}={value}" for name, value in settings.items()])
         return out_dir
     return folder
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("recipe", "named", "engine"), [("ngpt", None, "W4A4"), ("bf16", "nvfp4", "W4A16")])
-def test_a_run_through_files(run, tmp_path, layout, recipe, named, engine):
+def far(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def loaded(folder):
+    transformers = pytest.importorskip("transformers", reason=f"transformers {MISSING}")
     pytest.importorskip("safetensors", reason=f"safetensors {MISSING}")
-    folder, out = run(recipe=recipe), tmp_path / "packed"
-    assert f"head in high precision; {engine} as {layout}" in export(folder, out, layout, named)
-    model, tokenizer, c = load_export(out)
-    original, _, own = train.load_run(folder)
-    assert c == replace(own, recipe=named or recipe, fp4=PaperConfig(**vars(RECIPES[named or recipe])))
-    nvfp4.convert(original, c.fp4, report=lambda line: None)
-    assert torch.equal(logits(model), logits(original))
-    assert tokenizer.n_vocab == original.config.vocab_size
-    names = ["config.json", "hf_quant_config.json", "model.safetensors", "tokenizer.json"]
-    assert sorted(path.name for path in out.iterdir()) == [name for name in names
-                                                           if layout == "modelopt" or "hf_" not in name]
-    with pytest.raises(UserError, match="exists already"):
-        export(folder, out, layout, named)
-    (out / "model.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(UserError, match="no export of this code"):
-        load_export(out)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return theirs.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"recipe": "mxfp4", "fp4_hadamard_size": 16}, "fp4_format=mxfp4: its codes and scales are not those of"),
-    ({"recipe": "ufp4"}, "fp4_format=ufp4: its codes and scales are not those of NVFP4; name another recipe"),
-    ({"recipe": "bf16"}, "recipe=bf16: its forward is, or ends, in high precision; name another recipe"),
-    ({"fp4_until": 0.9}, "in high precision"),
-    ({"fp4_hadamard": "fprop", "fp4_square_weights": False}, "engines neither rotate"),
-    ({"fp4_occ": 0.99}, "engines neither rotate")])
-def test_what_no_engine_computes_is_refused_in_one_line(run, tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr("export.library", lambda: torch)
-    with pytest.raises(UserError, match=message) as refused:
-        export(run(**changes), tmp_path / "packed")
-    assert "\n" not in str(refused.value) and not (tmp_path / "packed").exists()
+def as_written(folder, packed):
+    """Our model with its matrices as export() writes them, computing in fp32."""
+    model, tokenizer, c = train.load_run(folder)
+    converted = nvfp4.convert(train.load_run(folder)[0], c.fp4, report=lambda line: None) if packed else model
+    with torch.no_grad():
+        for (name, layer), other in zip(list(model.named_modules()), converted.modules(), strict=True):
+            if isinstance(other, nvfp4.FP4Linear):
+                rows = nvfp4.quantize(other.filled_weight(), **other.cfg.operand("fprop.w", other.keys))
+                values = rows.dequantize().unflatten(0, (*layer.weight.shape[:-2], -1))
+                layer.weight.copy_(values[..., :layer.weight.shape[-2], :])
+                if layer.weight.dim() == 2:
+                    continue
+            if isinstance(layer, torch.nn.Linear | torch.nn.Embedding) and not name.endswith("router"):
+                layer.weight.copy_(layer.weight.bfloat16())
+    return model.eval(), tokenizer
 
 
-def test_without_the_library_a_hint(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(UserError, match="pip install safetensors"):
-        export("none", tmp_path / "packed")
+@pytest.mark.parametrize("packed", [False, True], ids=["bf16", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_computes_the_same(run, tmp_path, kind, packed):
+    """Logits and greedy text. A control: without one norm's weights it does not.
+
+    error   of sums in fp32: 1e-4. Packed values are code * scale / s_enc there, rounded to the dtype of the
+            config, bf16: 2^-9 each, so that logits may be 2^-6 of the largest apart
+    """
+    if packed:
+        pytest.importorskip("compressed_tensors", reason=f"compressed-tensors {MISSING}")
+    folder = run(**KINDS[kind])
+    said = export(folder, tmp_path / "hf", packed)
+    assert kind.split(",")[0] in said
+    theirs, their_tokenizer = loaded(tmp_path / "hf")
+    model, tokenizer = as_written(folder, packed)
+    idx = torch.tensor([tokenizer.encode_ordinary(ENGLISH[i:])[:40] for i in (100, 3000)])
+    assert their_tokenizer(ENGLISH[100:400])["input_ids"][:40] == idx[0].tolist()
+    with torch.no_grad():
+        logits, bound = theirs(idx).logits, 2**-6 if packed else 1e-4
+        assert far(logits, model(idx)) < bound
+        text = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=12, do_sample=False,
+                               eos_token_id=None)
+        if not packed:
+            assert torch.equal(text, generate(model, idx, 12, temperature=0))
+        final = theirs.model.norm if hasattr(theirs.model, "norm") else theirs.model.norm_f
+        final.weight.fill_(1)
+        assert far(theirs(idx).logits, model(idx)) > 4 * bound
+
+
+def test_packed_codes_are_those_of_the_forward(run, tmp_path):
+    """Bit for bit: each row of q, k and v as rows of our one matrix; the head is not packed."""
+    load = pytest.importorskip("safetensors.torch", reason=f"safetensors {MISSING}").load_file
+    folder = run(n_kv_head=1)
+    export(folder, tmp_path / "hf", packed=True)
+    found = load(tmp_path / "hf/model.safetensors")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    model, _, c = train.load_run(folder)
+    layer = nvfp4.convert(model, c.fp4, report=lambda line: None).blocks[0].mixer.qkv
+    q = nvfp4.quantize(layer.weight.detach(), **layer.cfg.operand("fprop.w", layer.keys))
+    start = 0
+    for name, rows in (("q", 32), ("k", 16), ("v", 16)):
+        at = f"model.layers.0.self_attn.{name}_proj.weight"
+        assert torch.equal(found[f"{at}_packed"], q.codes[start:start + rows])
+        assert torch.equal(found[f"{at}_scale"].float(), q.scale_of_lines()[start:start + rows, :, 0])
+        assert found[f"{at}_global_scale"] == 448 * 6 / layer.weight.detach().abs().max()
+        start += rows
+    assert config["quantization_config"]["ignore"] == ["lm_head"] and "lm_head.weight" in found
+
+
+@pytest.mark.parametrize("name", ["bpe", "bytes", "gpt2"])
+def test_tokenizers_reads_text_as_we_do(name):
+    """Among it white space of all kinds, foreign letters, a long word. A control: merges in another order."""
+    tokenizers = pytest.importorskip("tokenizers", reason=f"tokenizers {MISSING}")
+    try:
+        ours = bpe_encoding(train_bpe(ENGLISH, 700)) if name == "bpe" else load_tokenizer(name)
+    except train.UserError:
+        pytest.skip("GPT-2's tokens are not here")
+    found = tokenizer_json(ours)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(found))
+    text = ENGLISH[:20000] + FOREIGN.replace("<|endoftext|>", "") + "a" * 300 + " " * 70 + "\n\n\t x"
+    ids = theirs.encode(text).ids
+    assert ids == ours.encode_ordinary(text) and theirs.decode(ids) == text
+    if name == "bpe":
+        assert theirs.encode("a<|endoftext|>b").ids == [97, ours.eot_token, 98]
+        found["model"]["merges"] = found["model"]["merges"][::-1]
+        assert tokenizers.Tokenizer.from_str(json.dumps(found)).encode(text).ids != ids
+
+
+@pytest.mark.parametrize(("changes", "packed", "message"), [
+    ({"arch": "ngpt", "recipe": "ngpt"}, False, "arch=ngpt: transformers has no class for it"),
+    ({"activation": "swiglu"}, False, "activation=swiglu: Arcee and NemotronH have relu2 alone"),
+    ({"rope_base": 0}, False, "rope_base=0: Arcee has rotary positions always"),
+    (HYBRID | {"rope_base": 100}, False, "rope_base=100: NemotronH has no positions"),
+    ({"recipe": "bf16"}, True, "recipe=bf16: its forward is, or ends, in high precision; leave out --packed"),
+    ({"fp4_until": 0.9}, True, "in high precision"),
+    ({"recipe": "ufp4"}, True, "the forward of this recipe is not plain NVFP4"),
+    ({"fp4_occ": 0.99}, True, "the forward of this recipe is not plain NVFP4")])
+def test_what_cannot_be_written_is_one_line(run, tmp_path, changes, packed, message):
+    pytest.importorskip("safetensors", reason=f"safetensors {MISSING}")
+    line = refusal_of(main, [run(max_steps=1, **changes), tmp_path / "hf", *["--packed"] * packed])
+    assert message in line and not (tmp_path / "hf").exists()
+
+
+def test_mistakes_of_the_command_are_one_line(tmp_path, monkeypatch):
+    assert "takes a run, a new folder and --packed" in refusal_of(main, ["one", "two", "--layout=modelopt"])
+    assert f"{tmp_path} exists already" in refusal_of(main, ["none", tmp_path])
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert "pip install safetensors" in refusal_of(main, ["none", tmp_path / "new"])
