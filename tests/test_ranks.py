@@ -65,6 +65,20 @@ def test_two_ranks_equal_two_micro_batches(tiny, whole, tmp_path, kind, way):
     assert differences(tmp_path, whole(kind)) == set()
 
 
+def test_all_ranks_begin_with_the_first_one_s_weights(tiny, whole, tmp_path, monkeypatch):
+    """Here the second draws others, as another CPU may from the same seed."""
+    right, first_model = whole("ngpt"), train.first_model
+
+    def drawn(*what):
+        model = first_model(*what)
+        with torch.no_grad():
+            model.embed.weight.add_(float(os.environ["RANK"]))
+        return model
+    monkeypatch.setattr(train, "first_model", drawn)
+    together(2, tiny(tmp_path, **RUNS["ngpt"]))
+    assert differences(tmp_path, right) == set()
+
+
 @pytest.mark.parametrize("wrong", [lambda real: lambda model, seed, step, micro=0: real(model, seed, step),
                                    lambda real: lambda model, seed, *where: real(model, seed + 1, *where)],
                          ids=["ranks with the same noise", "another seed"])
