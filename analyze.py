@@ -57,7 +57,7 @@ import train
 from assets.figures import analysis, curves, draw
 from data.run import UserError, command, naming, read_json, read_metrics, write_json
 from data.tokens import batch_at, load_data, val_starts
-from model import build, load_model
+from model import build
 from nvfp4 import FORMATS, OPERANDS, RECIPES, fill_up, hadamard, quantize, whole
 from papers import split_outliers, weight_gradients
 from train import OWN_RECIPE
@@ -517,11 +517,11 @@ def open_run(folder, **changes):
 
 
 def initial_weights(folder):
-    """{name: parameter} with which a run began. Its seed makes them again."""
+    """{name: parameter} with which a run began. Its seed makes them again; not those of --init_from, of a run
+    that may have changed: None."""
     c = train.unflatten(read_json(Path(folder, "config.json")))
     torch.manual_seed(c.seed)
-    model = load_model(c.init_from)[0] if c.init_from else build(c.model)
-    return dict(model.named_parameters())
+    return None if c.init_from else {name: p.detach() for name, p in build(c.model).named_parameters()}
 
 
 @contextlib.contextmanager
@@ -555,9 +555,9 @@ def analyse(folder, o):
         print(f"{folder}: {', '.join(idle)} met fewer than two tokens of the sample and are left out")
     for name in progress([name for name in parts if name not in idle], str(folder)):
         here = kind | {"layer": name}
-        w0 = first[f"{name.partition('[')[0]}.weight"]
-        w0 = w0 if parts[name].expert is None else w0[parts[name].expert]
-        probes, terms, channels = measure(parts[name], found.pop(name), o.channels, o.seed, w0.detach())
+        w0 = first and first[f"{name.partition('[')[0]}.weight"]
+        w0 = w0[parts[name].expert] if first and parts[name].expert is not None else w0
+        probes, terms, channels = measure(parts[name], found.pop(name), o.channels, o.seed, w0)
         rows["layers"].append(here | of_run | {"K": parts[name].layer.in_features} | probes)
         rows["terms"] += [here | term for term in terms]
         rows["channels"] += [here | channel for channel in channels]

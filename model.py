@@ -938,7 +938,7 @@ def describe(config, n_ranks=1):
 @torch.no_grad()
 def generate(model, idx, n_tokens, temperature=0.8, top_k=50, n_vocab=None, generator=None):
     """Append n_tokens to idx (B, T) int64, each drawn from the top_k likeliest (0: from all) of the first
-    n_vocab; temperature 0 takes the likeliest.
+    n_vocab; a temperature below 1e-6 takes the likeliest.
 
     The prompt, of which block_size tokens are read at most, leaves a state, and each token after it costs one
     token. Beyond block_size attention sees that many tokens, the last; their keys know of older ones, and
@@ -947,7 +947,7 @@ def generate(model, idx, n_tokens, temperature=0.8, top_k=50, n_vocab=None, gene
     state, new = [{} for _ in model.blocks], idx[:, -model.config.block_size:]
     for _ in range(n_tokens):
         logits = model(new, state=state)[:, -1, :n_vocab].float()               # (B, V)
-        if temperature == 0:
+        if temperature < 1e-6:
             token = logits.argmax(-1, keepdim=True)
         else:
             if top_k:

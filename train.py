@@ -269,7 +269,8 @@ def clip_gradient(model, largest, ranks):
     We add squares up in fp64: ranks that share a model add in another order, and fp32 would show it.
     """
     here = [local(p.grad) for p in model.parameters() if p.grad is not None]
-    total = torch.stack(torch._foreach_norm(here, dtype=torch.float64)).square().sum()
+    parts = [part for g in here for part in g.flatten().split(2**22)]           # a CPU copies each to fp64
+    total = torch.stack(torch._foreach_norm(parts, dtype=torch.float64)).square().sum()
     norm = float((ranks.sum(total) if ranks.sharded else total).sqrt().float())
     factor = largest / (norm + 1e-6) if largest else 1.0
     if factor < 1:
@@ -450,9 +451,9 @@ def peak_flops(device):
 
 # --resume accepts other values of these fields. WATCHING fields place a run or look at it; the others change
 # the order of sums at most. The dataset may move: check_resumable() compares the origin of the data instead.
-WATCHING = ("out_dir", "init_from", "resume", "stop_at", "device", "eval_interval", "eval_iters",
-            "gradient_noise", "log_interval", "checkpoint_interval", "sample_tokens", "profile", "mirror")
-FREE = (*WATCHING, "dataset", "compile", "cuda_graph", "deterministic", "parallel",
+WATCHING = ("out_dir", "resume", "stop_at", "device", "eval_interval", "eval_iters", "gradient_noise",
+            "log_interval", "checkpoint_interval", "sample_tokens", "profile", "mirror")
+FREE = (*WATCHING, "init_from", "dataset", "compile", "cuda_graph", "deterministic", "parallel",
         "activation_checkpointing")
 
 
@@ -464,8 +465,9 @@ def check_resumable(c, saved, origin):
     free = (*FREE, "max_steps") if may_change_length(c, old, step) else FREE
     for name, value in flatten(c).items():
         if name not in free and name in old and old[name] != value:
+            instead = ", with --init_from=" + c.out_dir if name == "max_steps" else ""
             raise UserError(f"--resume: {name}={value} but the run in {c.out_dir} has {name}={old[name]}; "
-                            "leave it as it was, or start another --out_dir, --init_from this one")
+                            f"leave it as it was, or start another --out_dir{instead}")
     if saved["origin"] != origin:
         raise UserError(f"--resume: {c.dataset} is not the data of the run in {c.out_dir} any more "
                         f"({origin}, not {saved['origin']}); prepare that, or start another --out_dir")
@@ -579,6 +581,7 @@ def set_up(c, after, stop):
         notes.append(f"gradient_noise: recipe {c.recipe} has no backward in FP4, and so there is none")
     if saved:
         check_resumable(c, saved, data.origin)
+        c = replace(c, init_from=saved["config"].get("init_from"))
 
     # --- model and optimizer, new or from the checkpoint
     converted = []
@@ -611,18 +614,19 @@ def set_up(c, after, stop):
 
 def make_model(c, ranks, tokenizer, report, begins):
     """The converted model on its device. Where ranks share it: this rank's part, filled if the run begins."""
+    first = []
     torch.manual_seed(c.seed)
+    if begins:
+        ranks.once(lambda: first.append(first_model(c.model, c.init_from, tokenizer)))
     if ranks.sharded:
         model = ranks.split(nvfp4.convert(outline(c.model), c.fp4, report))
         if c.parallel == "fsdp":                    # FSDP frees a block's weights: so do we with 4-bit ones
             for block in model.blocks:
                 block.register_forward_hook(nvfp4.forget_weights, always_call=True)
         if begins:
-            whole = []
-            ranks.once(lambda: whole.append(first_model(c.model, c.init_from, tokenizer)))
-            ranks.fill(model, *whole or [None])     # the first rank hands them out
+            ranks.fill(model, *first or [None])     # the first rank hands them out
     else:
-        model = first_model(c.model, c.init_from, tokenizer) if begins else build(c.model)
+        model = first[0] if first else build(c.model)
         model = nvfp4.convert(model.to(ranks.device), c.fp4, report)
         ranks.agree(model)
     model.activation_checkpointing = c.activation_checkpointing

@@ -40,7 +40,7 @@ from analyze import (COLUMNS, analyse, find, over_seeds, progress, read_command,
 from assets.figures import curves
 from data.run import (STOPPED, Stop, UserError, catch_signals, command, load_checkpoint, newest_checkpoint,
                       read_json, write_json)
-from data.tokens import load_data
+from data.tokens import load_data, prepare_missing
 from model import flops_per_token, outline
 from papers import tensor_core_sum
 from train import OWN_RECIPE
@@ -212,8 +212,12 @@ def at_step(c, step, o):
     run, path = begun(c), Path(c.out_dir, f"probes_{step}_{o.tokens}_{o.channels}.json")
     if not path.exists():
         if not run or load_checkpoint(newest_checkpoint(c.out_dir))["step"] < step:
-            with contextlib.redirect_stdout(io.StringIO()):
-                train.train(replace(c, stop_at=step, resume=bool(run)))
+            stop = Stop()
+            with contextlib.redirect_stdout(io.StringIO()), catch_signals(stop):
+                train.train(replace(c, stop_at=step, resume=bool(run)), stop)
+            if stop.at is not None:
+                print(f"{stop.why}: stopped; the same command goes on", file=sys.stderr)
+                sys.exit(STOPPED)
         last = read_run(c.out_dir)["evaluations"][-1]
         if last["step"] != step:
             raise UserError(f"{c.out_dir}: is at step {last['step']}, not measured at {step}; remove it")
@@ -374,6 +378,8 @@ def claim(o, flags):
     """Does nGPT average more noise away than GPT, each at its own best rate? And at an equal share of the
     initial weight? Each start is trained in bf16 at three rates and more, until the best lies between two; at
     the best from more seeds. Loss is that of all of the validation text."""
+    refuse(flags, ("n_embd", "n_head", "n_ffn", "learning_rate", "warmup_steps", "eval_interval",
+                   "eval_iters", "recipe", "init_std", "s_z_init", "alpha_init"), "the experiment sets it")
     chosen = [start for start in STARTS if any(fnmatch(str(start), glob) for glob in o.rows.split(","))]
     if not chosen:
         raise UserError(f"--rows={o.rows}: no such row; the rows are {', '.join(map(str, STARTS))}")
@@ -381,8 +387,8 @@ def claim(o, flags):
     if len(places) > 1 and o.processes > 1:         # a process each; here we read then what they found
         commands = {f"{o.out_dir}/{width} {start}": [
             sys.executable, __file__, "claim", f"--rows={start}", f"--widths={width}", "--processes=1",
-            *(f"--{name}={getattr(o, name)}" for name in ("out_dir", "tokens", "channels", "seed", "seeds")),
-            *flags] for width, start in places}
+            *(f"--{name}={getattr(o, name)}" for name in ("out_dir", "config", "tokens", "channels", "seed",
+                                                          "seeds")), *flags] for width, start in places}
         costs = {place: cost_of(width, start, o, flags) for place, (width, start) in
                  zip(commands, places, strict=True)}
         print(f"{sum(costs.values()) / 1e12:,.0f} TFLOP at least, {o.processes} processes", flush=True)
@@ -399,8 +405,10 @@ def of_claim(width, start, rate, seed, o, flags):
     more = [*at_width(start.arch, width), *start.flags(width), "--recipe=bf16", f"--seed={seed}",
             *flags, f"--learning_rate={rate:.4g}"]
     _, c = a_run(f"claim {width} {start.arch} {start.name} {rate:.4g} {seed}", start.arch, o, more)
+    prepare_missing(c.dataset)
     val = load_data(c.dataset, c.model.block_size, c.model.vocab_size).val
-    return replace(c, eval_iters=len(val) // (c.batch_size * c.model.block_size), eval_interval=c.max_steps,
+    n_val = max(1, len(val) // (c.batch_size * c.model.block_size))
+    return replace(c, eval_iters=n_val, eval_interval=c.max_steps,
                    warmup_steps=c.max_steps // 10 if start.arch == "gpt" else 0)
 
 
@@ -418,8 +426,12 @@ def of_start(width, start, o, flags):
     def measure_run(rate, seed):
         c = of_claim(width, start, rate, seed, o, flags)
         mine = {"recipe": start.name, "rate": rate, "seed": seed}
-        rows[rate, seed] = [row | mine for part in STOPS
-                            for row in at_step(c, math.ceil(part * c.max_steps), o)]
+        try:
+            rows[rate, seed] = [row | mine for part in STOPS
+                                for row in at_step(c, math.ceil(part * c.max_steps), o)]
+        except train.Diverged as error:             # a result too: the rate is too high
+            print(error, flush=True)
+            return math.inf
         print(f"{c.out_dir}: loss {rows[rate, seed][-1]['loss']:.4f}", flush=True)
         return rows[rate, seed][-1]["loss"]
     middle = start.rate / width
@@ -428,6 +440,9 @@ def of_start(width, start, o, flags):
         losses |= {rate: measure_run(rate, o.seed) for rate in wanted}
         best = min(losses, key=losses.get)
         wanted = [best / 2] if best == min(losses) else [2 * best] if best == max(losses) else []
+    if not min(losses) < best < max(losses):
+        print(f"{start} at width {width}: the best of {len(losses)} rates, {best:.4g}, lies at an edge",
+              flush=True)
     for seed in range(o.seed + 1, o.seed + o.seeds):
         measure_run(best, seed)
     return [row | {"best": rate == best} for (rate, _), some in rows.items() for row in some]
@@ -503,7 +518,10 @@ def accumulation(o, flags):
         def gemm(a, b, alpha, dtype, way=way):
             y = way(a, b).double()
             return (y if alpha is None else y * alpha.double()).to(dtype)
-        _, c = a_run(f"accumulation {name}", "ngpt", o, [*flags, f"--seed={o.seed}", "--compile=False"])
+        _, c = a_run(f"accumulation {name}", "ngpt", o, [
+            *flags, f"--seed={o.seed}", "--compile=False", "--device=cpu"])     # where gemm() multiplies
+        if not c.fp4.gemms:
+            raise UserError(f"--recipe={c.recipe}: has no GEMM in FP4")
         if not finished(c):
             with nvfp4.setting(nvfp4, "gemm", gemm):
                 train.train(replace(c, resume=newest_checkpoint(c.out_dir).exists()))

@@ -179,7 +179,7 @@ def read_settings(argv, owners, partial=False, files=True):
 
     partial  the owners are some of those that a config file sets: its other fields are not our business.
              A flag that is no field is a mistake all the same
-    files    False: what is no flag are other words
+    files    False: what begins with no -- are other words
     raises   UserError: one line, with the nearest name for one that does not exist
     """
     table, settings = schema(owners), {}
@@ -192,7 +192,7 @@ def read_settings(argv, owners, partial=False, files=True):
     words, flags = [], []
     for argument in argv:
         name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("-"):
+        if not argument.startswith("-" if files else "--"):
             words.append(argument)
         elif equals:
             flags.append((name, value))

@@ -190,7 +190,8 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "
 
 
 def kind_of(path):
-    """What a file holds: "parquet", "JSON lines" or "text". Its name may be anybody's. raises: UserError"""
+    """What a file holds: "parquet", "JSON lines", "text" or "nothing", whatever its name; but .jsonl and
+    .parquet must not lie. raises: UserError"""
     with naming(path), open(path, "rb") as file:
         head = file.read(8)
         file.seek(0)
@@ -198,7 +199,12 @@ def kind_of(path):
     for magic, name in COMPRESSED.items():
         if head.startswith(magic):
             raise UserError(f"{path}: is compressed by {name}; unpack it first")
-    return "parquet" if head[:4] == b"PAR1" else "text" if json_object(line) is None else "JSON lines"
+    if head[:4] == b"PAR1":
+        return "parquet"
+    kind = "nothing" if not line else "text" if json_object(line) is None else "JSON lines"
+    if kind == "text" and str(path).lower().endswith((".parquet", ".jsonl")):
+        raise UserError(f"{path}: damaged, its first line is no JSON object and the file no parquet")
+    return kind
 
 
 def json_object(line):
@@ -220,9 +226,9 @@ def documents(corpus, number, n_slices):
             try:
                 with corpus.open(path, "rb") as file:
                     for text in read(file, corpus.field, size, max(start, 0), min(end, size)):
-                        if not isinstance(text, str | int | float | None):
+                        if type(text) not in (str, int, float, type(None)):
                             raise UserError(f"{corpus.field} has a {type(text).__name__}, no text")
-                        if text is not None and str(text).strip():
+                        if text == text is not None and str(text).strip():      # nor NaN, which others write
                             yield str(text).encode(errors="replace").decode()   # JSON has half characters
             except UserError as error:
                 raise UserError(f"{path}: {error}") from None

@@ -375,6 +375,8 @@ def prepare_missing(dataset):
         print(f"preparing {dataset}: python {script}", flush=True)
         done = subprocess.run([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
         if done.returncode:
+            if "Traceback" in done.stderr:
+                print(done.stderr, end="", file=sys.stderr)
             said = done.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
             raise UserError(f"dataset={dataset}: {said or f'{script} ended with {done.returncode}'}")
         print(done.stderr, end="", file=sys.stderr)

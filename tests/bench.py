@@ -43,6 +43,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 import nvfp4  # noqa: E402
 import train  # noqa: E402
+from data.run import command  # noqa: E402
 from model import ModelConfig, build, flops_per_token  # noqa: E402
 from nvfp4 import (FORMATS, RECIPES, SIGNS, FP4Linear, choices, convert, matmul, quantize,  # noqa: E402
                    quantize_both, set_step)
@@ -288,7 +289,8 @@ def print_step(argv):
         if gpu:
             torch.cuda.synchronize()
     found = [(event.self_device_time_total if gpu else event.self_cpu_time_total, event.count, event.key)
-             for event in trace.key_averages() if not gpu or "CUDA" in str(event.device_type)]
+             for event in trace.key_averages()
+             if not gpu or "CUDA" in str(event.device_type) and not event.is_user_annotation]
     busy, launches = sum(us for us, _, _ in found) / 2e3, sum(n for _, n, _ in found) / 2
     flops, peak = tokens * flops_per_token(model), train.peak_flops(device)
     print(f"step of {argv[0]}, {tokens} tokens, {c.recipe}: {ms:.1f} ms, {1e3 * tokens / ms:,.0f} tokens/s"
@@ -402,6 +404,7 @@ def print_layer_row(row):
 
 # ---------------------------------------------------------------- the command
 
+@command("tests/bench.py")
 def main(argv):
     if "-h" in argv or "--help" in argv:
         print(__doc__.strip())

@@ -775,7 +775,8 @@ def test_single_file_ends_in_validation(val_every):
         assert abs(len(val) - wanted) == min(abs(len(whole) - i - wanted) for i in ends)
 
 
-LENIENT = "\n".join(json.dumps({"text": doc, "score": math.nan, "id": 1}) for doc in [*DOCS, 1.5])
+LENIENT = "\n".join(json.dumps({"text": doc, "score": math.nan, "id": 1})
+                    for doc in [*DOCS, 1.5, math.nan, None])
 
 
 @pytest.mark.parametrize("name, content", [
@@ -790,17 +791,32 @@ def test_what_a_file_holds_decides_and_not_its_name(tmp_path, monkeypatch, name,
     text.main([name, "--out", "out", "--tokenizer", "bytes", "--val_every", "10"])
     ids = np.concatenate([read_tokens(path)[0] for path in sorted(Path("out").glob("*.bin"))])
     got = load_tokenizer(Path("out")).decode(ids.tolist())
-    assert "score" not in got and "1.5" in got and sum(doc in got for doc in DOCS) == len(DOCS)
+    assert "score" not in got and "1.5" in got and "nan" not in got.split("1.5")[-1]
+    assert sum(doc in got for doc in DOCS) == len(DOCS)
 
 
 def test_a_glob_asks_for_no_case_and_a_link_keeps_its_name(tmp_path, folder, monkeypatch):
     (folder / "00.txt").rename(folder / "00.TXT")
+    assert len(text.find_files(folder.parent, "texts/**/*.txt")) == 42
     assert len(text.find_files(folder, "*.txt")) == len(text.find_files(folder, "*.TXT")) == 42
     made = []
     monkeypatch.setattr(text, "prepare", lambda train, val, out, *rest: made.append(Path(out)))
     (tmp_path / "name").symlink_to(folder)
     text.main([str(tmp_path / "name")])
     assert made == [REPO / "data" / "name"]
+
+
+def test_empty_files_are_of_no_kind_and_two_documents_are_one_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("lines").mkdir()
+    write_json_lines(Path("lines/a.jsonl"), DOCS)
+    Path("lines/b.jsonl").write_text("\n\n")
+    text.main(["lines", "--glob=*.jsonl", "--out=lines_out", "--tokenizer=bytes", "--val_every=10"])
+    assert len(read_tokens("lines_out/val.bin")[0]) > 1000
+    Path("two.txt").write_text(ENGLISH[:4000] + "<|endoftext|>" + ENGLISH[:2000])
+    text.main(["two.txt", "--out=two_out", "--tokenizer=bytes"])
+    assert 2000 <= len(read_tokens("two_out/val.bin")[0]) < 2010
+    assert "validation: 33.3 %" in capsys.readouterr().out
 
 
 def test_endoftext_in_a_file_separates_documents(tmp_path):
@@ -820,12 +836,13 @@ def test_endoftext_in_a_file_separates_documents(tmp_path):
     (["texts", "--glob", "*.rst"], r"no file matches --glob=\*.rst; give another pattern"),
     (["texts", "--glob=/etc/*"], r"--glob=/etc/\* must be a pattern below "),
     (["texts", "--glob", "latin*"], r"no text found: 0 empty and 1 not UTF-8 \(latin.txt\); give "),
-    (["texts", "--glob="], "--glob= must be a pattern below "),
+    (["texts", "--glob="], "--glob= must be a pattern below |no file matches --glob=;"),
+    (["texts", "--glob=."], "--glob=. must be a pattern below |no file matches --glob=."),
+    (["cut.jsonl"], "cut.jsonl: damaged, its first line is no JSON object and the file no parquet"),
     (["mixed", "--glob=*"], "^mixed: a.txt is text, b.txt is JSON lines; choose files of one kind with --gl"),
     (["a.txt.gz"], "a.txt.gz: is compressed by gzip; unpack it first"),
     (["texts/notes.md"], "too little text, 8 bytes for train.bin which needs at least 1000; give "),
     (["texts", "--val_every", "1"], "^--val_every=1 must be at least 2 .*; raise it$"),
-    (["texts", "--val_every", "99"], "too little text, 0 bytes for val.bin"),
     (["texts", "--vocab_size", "256"], "^--vocab_size=256 must be 257 or more .*; raise it$"),
     (["texts", "--tokenizer", "words"], "^--tokenizer=words is unknown; choose bpe, gpt2, bytes or the f")])
 def test_text_mistakes_are_one_line_and_overwrite_nothing(tmp_path, folder, monkeypatch, arguments, says):
@@ -834,6 +851,7 @@ def test_text_mistakes_are_one_line_and_overwrite_nothing(tmp_path, folder, monk
     Path("mixed/a.txt").write_text("text")
     Path("mixed/b.txt").write_text('{"text": "text"}')
     Path("a.txt.gz").write_bytes(gzip.compress(b"text"))
+    Path("cut.jsonl").write_text('{"text": "te')
     with pytest.raises(UserError, match=says):
         text.main([*arguments, "--out", "new"])
     assert not Path("new").exists()

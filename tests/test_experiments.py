@@ -163,14 +163,18 @@ START, OTHER = experiments.STARTS[0], experiments.STARTS[2]
     ({1: 3.0, 2: 2.0, 4: 3.0}, [1, 2, 4]),                                      # between two: done
     ({1: 3.0, 2: 2.0, 4: 1.0, 8: 0.5, 16: 0.7}, [1, 2, 4, 8, 16]),
     ({1: 1.0, 2: 2.0, 4: 3.0, 0.5: 1.5}, [1, 2, 4, 0.5]),
+    ({1: 1.0, 2: math.nan, 4: math.nan, 0.5: 1.5}, [1, 2, 4, 0.5]),             # two diverge
     ({2.0**i: -i for i in range(20)}, [1, 2, 4, 8, 16, 32, 64])])               # no end: given up
-def test_rates_are_tried_until_the_best_lies_between_two(monkeypatch, losses, tried):
+def test_rates_are_tried_until_the_best_lies_between_two(monkeypatch, capsys, losses, tried):
     """Made-up losses; other seeds at the best rate alone."""
     runs, o = [], SimpleNamespace(seed=1, seeds=2)
     monkeypatch.setattr(experiments, "of_claim", lambda width, start, rate, seed, *_: SimpleNamespace(
         out_dir="", max_steps=8, rate=rate, seed=seed))
 
     def measured(c, step, o):
+        if math.isnan(losses[c.rate]):
+            runs.append((c.rate, c.seed))
+            raise train.Diverged("step 3: loss nan")
         if step == 8:
             runs.append((c.rate, c.seed))
         return [{"step": step, "loss": losses[c.rate]}]
@@ -179,6 +183,7 @@ def test_rates_are_tried_until_the_best_lies_between_two(monkeypatch, losses, tr
     best = min((losses[rate], rate) for rate in tried)[1]
     assert runs == [*((rate, 1) for rate in tried), (best, 2)]
     assert {row["rate"] for row in rows if row["best"]} == {best}
+    assert ("lies at an edge" in capsys.readouterr().out) == (len(tried) == experiments.MOST_RATES)
     assert [row["step"] for row in rows if (row["rate"], row["seed"]) == (best, 2)] == [2, 4, 8]
 
 
@@ -264,7 +269,8 @@ WRONG = {
     ("recipes", "--seeds=0"): "--seeds, --processes",
     ("recipes", "--rows=no/such"): "--rows=no/such: no such row",
     ("claim", "--widths=wide"): "--widths=wide: must be multiples of 32",
-    ("claim", "--widths=64", "--n_embd=64"): "--n_embd=64: follows from the width",
+    ("claim", "--n_embd=64"): "--n_embd=64: the experiment sets it",
+    ("onelayer", "--widths=64", "--n_embd=64"): "--n_embd=64: follows from the width",
     ("claim", "--rows=gpt"): "--rows=gpt: no such row; the rows are gpt/std 0.02, gpt/std C^-0.5, ngpt/ours",
 }
 

@@ -743,7 +743,7 @@ def test_a_run_may_become_longer_until_its_rate_decays(tiny, whole, tmp_path):
     last = {"stop_at": 9, "decay_fraction": 0.3}
     train.main(tiny(tmp_path / "decays", **last))
     line = refusal(tiny(tmp_path / "decays", **last, max_steps=16, resume=True))
-    assert "max_steps=16 but the run in " in line and "--init_from this one" in line
+    assert "max_steps=16 but the run in " in line and f"--init_from={tmp_path}" in line
     late = {"fp4_until": 0.3, "decay_fraction": 0.1}
     train.main(tiny(tmp_path / "left", stop_at=5, **late))
     assert "max_steps=20 but" in refusal(tiny(tmp_path / "left", max_steps=20, resume=True, **late))

@@ -47,10 +47,11 @@ def main(argv=None):
 
     paths = find_files(path, c.glob)
     kinds = {kind_of(file): file for file in paths}
+    kinds.pop("nothing", None)
     if len(kinds) > 1:
         found = ", ".join(f"{file.name} is {kind}" for kind, file in kinds.items())
         raise UserError(f"{c.path}: {found}; choose files of one kind with --glob")
-    kind, = kinds
+    kind = next(iter(kinds), "text")
     if kind != "text":
         prepare_shards(corpus(path, paths, kind, c), out, c.tokenizer, c.vocab_size, c.tokens, c.processes)
         return
@@ -62,10 +63,12 @@ def main(argv=None):
 
 def find_files(path, glob):
     """Files of a folder that match, in upper or lower case; or this one."""
-    if not glob or Path(glob).is_absolute():
-        raise UserError(f"--glob={glob} must be a pattern below {path}, as in --glob='*.md'")
-    paths = [path] if path.is_file() else sorted(
-        p for p in path.rglob("*") if p.is_file() and Path(str(p).lower()).match(glob.lower()))
+    letters = glob if "[" in glob else "".join(
+        f"[{a.lower()}{a.upper()}]" if a.isalpha() else a for a in glob)
+    try:
+        paths = [path] if path.is_file() else sorted(p for p in path.rglob(letters) if p.is_file())
+    except (ValueError, NotImplementedError):
+        raise UserError(f"--glob={glob} must be a pattern below {path}, as in --glob='*.md'") from None
     if not paths:
         raise UserError(f"{path}: no file matches --glob={glob}; give another pattern, as in --glob='*.md'")
     return paths
@@ -110,9 +113,11 @@ def read_documents(path, paths):
 
 
 def split_files(docs, val_every):
-    """returns: the training documents and the validation documents, one in val_every, spread evenly"""
-    return ([doc for i, doc in enumerate(docs) if i % val_every != val_every // 2],
-            [doc for i, doc in enumerate(docs) if i % val_every == val_every // 2])
+    """returns: the training documents and the validation documents, one in val_every, spread evenly; of few
+    the last"""
+    first = min(val_every // 2, len(docs) - 1)
+    return ([doc for i, doc in enumerate(docs) if i % val_every != first],
+            [doc for i, doc in enumerate(docs) if i % val_every == first])
 
 
 def split_text(text, val_every):
