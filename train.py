@@ -427,12 +427,17 @@ def clock(seconds):
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
+PROMPT = 8                                          # tokens from the middle of the validation text
+
+
 def report_sample(run, step):
+    val, tokenizer = run.data.val, run.data.tokenizer
+    prompt = tokenizer.decode(val[len(val) // 2:][:PROMPT].tolist())
     nvfp4.set_step(run.model, run.c.seed, step)
     run.model.eval()
     with run.autocast(), torch.compiler.set_stance("force_eager"):     # not a kernel for every length
-        text = sample_text(run.model, run.data.tokenizer, n_tokens=run.c.sample_tokens, seed=run.c.seed)
-    run.log(f"\nsample:\n{text}\n")
+        text = sample_text(run.model, tokenizer, prompt, n_tokens=run.c.sample_tokens, seed=run.c.seed)
+    run.log(f"\nsample, begun by {PROMPT} tokens of the validation text:\n{text}\n")
 
 
 # Dense bf16 FLOP/s by NVIDIA's data sheets, for the MFU; the first that a GPU's name holds as whole words.
