@@ -757,8 +757,10 @@ def test_a_run_begins_with_the_weights_of_another(tiny, whole, tmp_path, way):
     """And with nothing else of it: its first loss is that model's, its steps and its rate are its own."""
     settings = {"init_from": whole("ngpt"), "gradient_accumulation_steps": 2, "max_steps": 2,
                 "block_size": 16, "learning_rate": 1e-4, "recipe": "bf16"}
-    if way == "one":
-        train.main(tiny(tmp_path, **settings))
+    if way == "one":                                # a run knows where it began, whoever resumes it
+        train.main(tiny(tmp_path, **settings, stop_at=1))
+        train.main(tiny(tmp_path, **settings | {"init_from": None}, resume=True))
+        assert json.loads((tmp_path / "config.json").read_text())["init_from"] == str(whole("ngpt"))
     else:
         both = ranks(2, lambda: train.main(tiny(tmp_path, **settings, parallel=way)))
         assert [rank.end() for rank in both] == [(0, "")] * 2
