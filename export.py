@@ -187,13 +187,13 @@ def tokenizer_json(tokenizer):
 
 def export(run, folder, packed=False):
     """Write the run of a folder into a new one. Returns what was done, in words. raises UserError"""
+    folder, said = Path(folder), ["weights in bf16"]
+    if folder.exists():
+        raise UserError(f"{folder} exists already; give another folder")
     try:
         from safetensors.torch import save
     except ModuleNotFoundError:
         raise UserError("safetensors is not there: pip install safetensors") from None
-    folder, said = Path(folder), ["weights in bf16"]
-    if folder.exists():
-        raise UserError(f"{folder} exists already; give another folder")
     model, tokenizer, c = load_run(run)
     config = settings(model.config, tokenizer)
     if packed:

@@ -47,8 +47,7 @@ def far(a, b):
 
 
 def loaded(folder, dtype):
-    transformers = pytest.importorskip("transformers", reason=f"transformers {MISSING}")
-    pytest.importorskip("safetensors", reason=f"safetensors {MISSING}")
+    import transformers
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return theirs.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -78,8 +77,8 @@ def test_transformers_computes_the_same(run, tmp_path, kind, packed):
     error   of sums in fp32: 1e-4. What is packed it unpacks to bf16, and computes in bf16: a rounding of 2^-9
             of each value that enters or leaves one of up to 12 layers, 2^-5 of the largest logit
     """
-    if packed:
-        pytest.importorskip("compressed_tensors", reason=f"compressed-tensors {MISSING}")
+    for library in ("transformers", "safetensors", *["compressed_tensors"] * packed):
+        pytest.importorskip(library, reason=f"{library} {MISSING}")
     folder = run(**KINDS[kind])
     said = export(folder, tmp_path / "hf", packed)
     assert kind.split(",")[0] in said
