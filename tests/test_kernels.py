@@ -443,7 +443,7 @@ def test_kernels_compile_to_the_chip_s_instructions(compiled):
     assert compiled["starved codes, stochastic"]["90"]["stack"] > 0             # control: spills are seen
 
 
-ROWS = "quantize codes, nearest", "quantize codes, stochastic", "quantize x, evaluation"    # only along rows
+ROWS = "quantize codes, nearest", "quantize codes, stochastic", "quantize x, evaluation", "decode x"    # alone
 SQUARE = "quantize w"                               # the maximum of a square block is looked for by two warps
 CONTROLS = "starved codes, stochastic", "ordered maximum"
 
