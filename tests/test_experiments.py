@@ -224,10 +224,10 @@ def test_gaps_are_of_best_rates_and_of_equal_shares():
 @pytest.mark.long
 def test_the_claim(short, tmp_path, capsys):
     """Two starts, a process each, two seeds. Nothing is trained or measured again."""
-    sized = "--n_embd", "--n_head", "--n_ffn", "--learning"
-    sizeless = [flag for flag in short if not flag.startswith(sized)]
+    own = "--n_embd", "--n_head", "--n_ffn", "--learning", "--eval"
+    flags = [flag for flag in short if not flag.startswith(own)]
     argv = ["claim", f"--out_dir={tmp_path}", "--widths=32", "--tokens=128", "--channels=16", "--seeds=2",
-            "--processes=2", "--rows=gpt/std 0.02,ngpt/ours", *sizeless]
+            "--processes=2", "--rows=gpt/std 0.02,ngpt/ours", *flags]
     run(*argv)
     said = capsys.readouterr().out
     assert "TFLOP at least, 2 processes" in said and "by type of layer" in said
