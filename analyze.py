@@ -516,10 +516,10 @@ def open_run(folder, **changes):
     return model, recipe, [batch_at(val, s, c.model.block_size, device) for s in starts]
 
 
-def initial_weights(folder):
-    """{name: parameter} with which a run began. Its seed makes them again; not those of --init_from, of a run
-    that may have changed: None."""
-    c = train.unflatten(read_json(Path(folder, "config.json")))
+def initial_weights(config):
+    """{name: parameter} with which a run of this config began. Its seed makes them again; not those of
+    --init_from, of a run that may have changed: None."""
+    c = train.unflatten(config)
     torch.manual_seed(c.seed)
     return None if c.init_from else {name: p.detach() for name, p in build(c.model).named_parameters()}
 
@@ -538,7 +538,8 @@ def uncompiled():
 def analyse(folder, o):
     """All probes of a run, as rows {arch, width, recipe, seed, ...}: of its layers, which also carry the loss
     and mean growth of the run, of sums of k terms, of channels, and of the noise alpha."""
-    kind, (model, recipe, batches) = read_run(folder)["kind"], open_run(folder)
+    run, (model, recipe, batches) = read_run(folder), open_run(folder)
+    kind = run["kind"]
     quarter = [torch.cat([t[::4] for t in both]) for both in zip(*batches, strict=True)]    # for flatness()
 
     @torch.no_grad()
@@ -549,7 +550,7 @@ def analyse(folder, o):
         of_run = {"quantized_as": recipe, "loss": loss(model, batches), "growth": sum(growth) / len(growth)}
     parts, rows = named_parts(model), {"layers": [], "terms": [], "channels": [], "noise": [
         kind | {"alpha": a, "growth": g} for a, g in zip((0, *ALPHAS), (0.0, *growth), strict=True)]}
-    found, first = record(model, batches, o.tokens, o.seed), initial_weights(folder)
+    found, first = record(model, batches, o.tokens, o.seed), initial_weights(run["config"])
     idle = [name for name, operands in found.items() if len(operands["fprop.x"][0]) < 2]
     if idle:
         print(f"{folder}: {', '.join(idle)} met fewer than two tokens of the sample and are left out")
@@ -622,6 +623,16 @@ def write(o, name, results, panels=()):
 
 # ---------------------------------------------------------------- comparing runs
 
+def shared_layers(tables):
+    """Names of the layers that are in each of these tables of rows: only over them do means compare."""
+    return set.intersection(*({row["layer"] for row in rows} for rows in tables))
+
+
+def type_of(layer):
+    """qkv of blocks.0.mixer.qkv, fc1 of blocks.1.mixer.experts.fc1[3]."""
+    return layer.rpartition(".")[2].partition("[")[0]
+
+
 HEAD = dict.fromkeys(KIND, "")                      # columns of a table: field, format
 COLUMNS = {name: probe.form for name, probe in PROBES.items()}
 
@@ -629,7 +640,7 @@ COLUMNS = {name: probe.form for name, probe in PROBES.items()}
 def compare(folders, o):
     """Figures 1, 2, 3, 4 and 8."""
     runs = [analyse(r["run"], o) for r in read_runs(folders)]
-    shared = set.intersection(*({row["layer"] for row in run["layers"]} for run in runs))
+    shared = shared_layers(run["layers"] for run in runs)
     if not shared:
         raise UserError("these runs have no quantized layer in common; analyse them one at a time")
     rows = {part: [row for run in runs for row in run[part]] for part in runs[0]}
@@ -644,7 +655,7 @@ def compare(folders, o):
     print("by layer: SNRs, gain and eq. 4 in dB; below each row the standard deviation over seeds")
     table(by_layer, {"layer": ""} | HEAD | COLUMNS)
     print("\nby type of layer")
-    typed = [row | {"layer": row["layer"].rpartition(".")[2].partition("[")[0]} for row in rows["layers"]]
+    typed = [row | {"layer": type_of(row["layer"])} for row in rows["layers"]]
     table(over_seeds(typed, "layer", *KIND), {"layer": ""} | HEAD | COLUMNS)
     print(f"\nmeans of {len(shared)} layers; loss of the high-precision model and its mean growth in nats")
     table(overall, HEAD | {"quantized_as": ""} | COLUMNS | {"loss": ".3f", "growth": ".4f"})

@@ -35,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 import analyze
 import nvfp4
 import train
-from analyze import (COLUMNS, analyse, find, over_seeds, progress, read_command, read_run, summary, table,
-                     write)
+from analyze import (COLUMNS, analyse, find, over_seeds, progress, read_command, read_run, shared_layers,
+                     summary, table, type_of, write)
 from assets.figures import curves
 from data.run import (STOPPED, Stop, UserError, catch_signals, command, load_checkpoint, newest_checkpoint,
                       read_json, write_json)
@@ -135,6 +135,12 @@ def finished(c):
     return rows if load_checkpoint(newest_checkpoint(c.out_dir))["step"] == c.max_steps else None
 
 
+def flops_of(c):
+    """FLOPs of a run, by its Config."""
+    sizes = outline(replace(c.model, vocab_size=c.model.vocab_size or 1))
+    return sum(train.tokens_of(c, step) for step in range(c.max_steps)) * flops_per_token(sizes)
+
+
 def train_all(runs, o):
     """Train runs, {key: a_run()}, but for those that are complete.
 
@@ -148,9 +154,7 @@ def train_all(runs, o):
         if not rows[c.out_dir]:
             resume = ["--resume"] * newest_checkpoint(c.out_dir).exists()
             commands[c.out_dir] = [sys.executable, train.__file__, *argv, *resume]
-            sizes = outline(replace(c.model, vocab_size=c.model.vocab_size or 1))
-            n_tokens = sum(train.tokens_of(c, step) for step in range(c.max_steps))
-            costs[c.out_dir] = n_tokens * flops_per_token(sizes)
+            costs[c.out_dir] = flops_of(c)
     print(f"{len(runs) - len(commands)} runs are complete, {len(commands)} to be trained, {o.processes} at a "
           f"time: {sum(costs.values()) / 1e12:,.0f} TFLOP", flush=True)
 
@@ -389,13 +393,16 @@ def claim(o, flags):
             sys.executable, __file__, "claim", f"--rows={start}", f"--widths={width}", "--processes=1",
             *(f"--{name}={getattr(o, name)}" for name in ("out_dir", "config", "tokens", "channels", "seed",
                                                           "seeds")), *flags] for width, start in places}
-        costs = {place: cost_of(width, start, o, flags) for place, (width, start) in
-                 zip(commands, places, strict=True)}
+        # of three rates, and of the other seeds at the best of them
+        costs = {place: (2 + o.seeds) * flops_of(of_claim(width, start, start.rate / width, o.seed, o, flags))
+                 for place, (width, start) in zip(commands, places, strict=True)}
         print(f"{sum(costs.values()) / 1e12:,.0f} TFLOP at least, {o.processes} processes", flush=True)
         error = do_all(commands, costs, o, lambda place: "measured")
         if error:
             raise UserError(error)
     rows = [row for width, start in places for row in of_start(width, start, o, flags)]
+    shared = shared_layers(find(rows, arch=arch) for arch in {row["arch"] for row in rows})
+    rows = [row for row in rows if row["layer"] in shared]                      # without GPT's tail in BF16
     points = summary(rows, ("width", "arch", "recipe", "rate", "seed", "step", "best"), np.mean)
     report_claim(rows, points, o, flags)
 
@@ -410,13 +417,6 @@ def of_claim(width, start, rate, seed, o, flags):
     n_val = max(1, len(val) // (c.batch_size * c.model.block_size))
     return replace(c, eval_iters=n_val, eval_interval=c.max_steps,
                    warmup_steps=c.max_steps // 10 if start.arch == "gpt" else 0)
-
-
-def cost_of(width, start, o, flags):
-    """FLOPs of three rates and of the other seeds at the best one."""
-    c = of_claim(width, start, start.rate / width, o.seed, o, flags)
-    sizes = outline(replace(c.model, vocab_size=c.model.vocab_size or 1))
-    return (2 + o.seeds) * c.max_steps * train.tokens_of(c, 0) * flops_per_token(sizes)
 
 
 def of_start(width, start, o, flags):
@@ -480,7 +480,7 @@ NEAR = 0.05                                         # shares of the initial weig
 def gaps(rows, points):
     """(rows of the gap at the best rates, by type of layer; of the mean gap at equal shares)"""
     best, share = [], []
-    typed = [row | {"layer": row["layer"].rpartition(".")[2]} for row in find(rows, best=True)]
+    typed = [row | {"layer": type_of(row["layer"])} for row in find(rows, best=True)]
     typed += [row | {"layer": "all"} for row in typed]
     typed = [row for row in typed if row["step"] == max(other["step"] for other in typed)]
     typed = summary(typed, ("width", "arch", "recipe", "seed", "layer"), np.mean)
