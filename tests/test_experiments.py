@@ -221,6 +221,19 @@ def test_gaps_are_of_best_rates_and_of_equal_shares():
     assert row["pairs"] == 2 and row["gap_db"][0] == 1.5 and row["initial"][0] == pytest.approx(0.22)
 
 
+def test_only_layers_that_both_have_are_compared(monkeypatch, tmp_path):
+    """GPT's tail is in BF16: nGPT's last layer has no partner, and would move nGPT's mean from 2 to 5."""
+    def of_start(width, start, o, flags):
+        dots = {"gpt": [1.0, 3.0], "ngpt": [1.0, 3.0, 11.0]}[start.arch]
+        return [{"width": width, "arch": start.arch, "recipe": start.name, "rate": 1.0, "seed": 0, "step": 1,
+                 "best": True, "layer": f"blocks.{i}.mixer.out", "dot": dot} for i, dot in enumerate(dots)]
+    seen = []
+    monkeypatch.setattr(experiments, "of_start", of_start)
+    monkeypatch.setattr(experiments, "report_claim", lambda rows, points, *_: seen.extend(points))
+    run("claim", "--processes=1", f"--out_dir={tmp_path}")
+    assert [point["dot"] for point in seen] == [2.0] * len(experiments.STARTS)
+
+
 @pytest.mark.long
 def test_the_claim(short, tmp_path, capsys):
     """Two starts, a process each, two seeds. Nothing is trained or measured again."""
