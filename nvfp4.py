@@ -538,7 +538,7 @@ def quantize_both(x, rows=None, columns=None):
     returns         Both: of x and of x^T, filled up with zeros, which add nothing to a sum
     """
     rows, columns = (how and choices(**how) for how in (rows, columns))
-    if turned_over(rows, columns):                  # a weight is quantized once
+    if turned_over(rows, columns) and rows["decode"]:           # a weight is quantized once
         q = quantize(x, **rows)
         return Both(q, q._replace(values=q.values.t()))
     wanted = [how for how in (rows, columns) if how]
@@ -549,11 +549,20 @@ def quantize_both(x, rows=None, columns=None):
 
 
 def turned_over(rows, columns):
-    """Whether the columns are the rows transposed, so that one pass gives both. That holds for square blocks
-    that are decoded, rounded to nearest and not rotated."""
-    if not (rows and columns and rows["square"] and rows["decode"]) or rows["stochastic"]:
+    """Whether the columns are the rows transposed: square blocks, rounded to nearest, not rotated."""
+    if not (rows and columns and rows["square"]) or rows["stochastic"]:
         return False
     return rows["signs"] is None and {**rows, "seed": None} == {**columns, "seed": None}
+
+
+def both_of(q, decode):
+    """Both of a matrix of square blocks from its codes q, decoded in a dtype unless that is None: what
+    quantize_both() gives where turned_over() holds."""
+    if decode:
+        rows = Decoded(q.decode(decode), q.s_dec)
+        return Both(rows, rows._replace(values=rows.values.t()))
+    codes = torch.stack((q.codes & 15, q.codes >> 4), -1).flatten(1)
+    return Both(q, q._replace(codes=pack(codes.t()), scales=q.scales.t().contiguous()))
 
 
 def fill_up(x, columns=0, rows=0):
@@ -858,6 +867,7 @@ class FP4Linear(torch.nn.Linear):
     """
 
     function = FP4Function
+    codes = None                                    # the weight quantized by parts, where ranks share it
     quantized = None                                # the weight as Both
     seen = None                                     # of which weight, contents, recipe and step that is
     drawn = None                                    # (seed, step) that the keys belong to; None: to no step
@@ -865,7 +875,7 @@ class FP4Linear(torch.nn.Linear):
     def __init__(self, linear, cfg, index=0):
         vars(self).update(vars(linear))             # parameters, hooks, mode
         self.plain = vars(linear).get("plain", type(linear))        # the class that it was
-        self.quantized = self.seen = self.drawn = None
+        self.codes = self.quantized = self.seen = self.drawn = None
         self.cfg, self.index = cfg, index           # index: which linear layer, for the random stream
         # no buffer: DistributedDataParallel would overwrite it with the first rank's
         self.keys = layer_keys(0, 0, 0, index)
@@ -876,7 +886,7 @@ class FP4Linear(torch.nn.Linear):
     def revert(self):
         """Become again the layer that convert() met."""
         self.__class__ = self.plain
-        for name in ("plain", "cfg", "index", "keys", "quantized", "seen", "drawn"):
+        for name in ("plain", "cfg", "index", "keys", "codes", "quantized", "seen", "drawn"):
             vars(self).pop(name, None)
 
     def train(self, mode=True):
@@ -887,7 +897,19 @@ class FP4Linear(torch.nn.Linear):
     def quantize_weight(self):
         """The weight as Both, as the recipe wants fprop.w and dgrad.w."""
         for_fprop, for_dgrad = self.weight_operands()
+        if self.codes is not None:
+            return self.by_expert(both_of(self.codes, for_fprop["decode"]))
         return self.by_expert(quantize_both(self.filled_weight(), for_fprop, for_dgrad))
+
+    def for_parts(self, n):
+        """Arguments of quantize() for n equal parts of the weight's first axis, each (N/n, K), or (E N/n, K)
+        of experts. None: side by side their codes are not the weight's, or the layer needs more than codes.
+        """
+        (rows, columns), shape, block = self.weight_operands(), self.weight.shape, self.cfg.whole_channels
+        fits = shape[0] % n == 0 and shape[:-1].numel() // n % block == 0 and self.out_features % block == 0
+        if fits and self.cfg.until is None and turned_over(rows, columns):
+            return rows | {"decode": None}
+        return None
 
     def weight_operands(self):
         """Arguments of quantize() for fprop.w and dgrad.w. Inputs are not known yet: taken to be bf16."""

@@ -382,6 +382,9 @@ class PaperFunction(FP4Function):
 class PaperLinear(FP4Linear):
     function = PaperFunction
 
+    def for_parts(self, n):
+        return None                                 # it looks at the weight itself
+
     def quantize_weight(self):
         if not self.cfg.reuse_codes:
             return super().quantize_weight()

@@ -8,8 +8,9 @@ its checkpoint, which any number of ranks can read.
             after each backward: besides its parts a rank holds one block, the embedding and the head
 
 zero2 and fsdp are ZeRO's stages 2 and 3 (1910.02054), by torch's fully_shard, on the first axis of every
-weight. All three compute the same bits: ranks gather the fp32 master and quantize it as one process would.
-Nothing here knows what a model is, but that it has blocks, nor which optimizer trains it.
+weight. Where a weight's 4-bit blocks are square, each rank quantizes its own rows, and their codes and scales
+are gathered: 4.03 bits a value in place of 32. All three compute the same bits. Nothing here knows what a
+model is, but that it has blocks, nor which optimizer trains it.
 """
 import collections
 import contextlib
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import nvfp4
 from data.run import ABOUT, UserError, explain, naming, remove_others, write_json, write_whole
 
 
@@ -139,6 +141,12 @@ class Ranks:
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, whole.state_dict() if self.first else {}, options=options)
 
+    def gather_codes(self, model):
+        """From now on gather codes of weights, where they will do. Returns how many weights these are."""
+        layers = [(layer, layer.for_parts(self.world)) for layer in nvfp4.fp4_layers(model)]
+        found = [gather_codes(layer, how) for layer, how in layers if how]
+        return len(found)
+
     def agree(self, model):
         """Give all ranks the first one's weights: another CPU may draw others from the same seed."""
         if self.world > 1 and not self.sharded:
@@ -232,6 +240,44 @@ class Ranks:
                 value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements,
                                           src_data_rank=None)
             tensor.copy_(value)
+
+
+def gather_codes(layer, how):
+    """Have fully_shard gather the codes of an FP4Linear's weight, not the weight. For autograd a whole weight
+    stands there without memory; an evaluation in high precision, which needs its values, gathers those.
+
+    how     arguments of quantize() for the rows of one rank
+    """
+    part, format = layer.weight, how["format"]      # fully_shard puts a whole one in its place, and asks
+    mine = part._local_tensor                       # this very object how to make that; local() gives views
+
+    def before(mesh, size, stride, module, policy):
+        rows, amax = mine.flatten(0, -2), how["amax"]
+        if amax is None:                            # the largest of all ranks
+            amax = nvfp4.largest_magnitude(rows)
+            dist.all_reduce(amax, dist.ReduceOp.MAX, group=mesh.get_group())
+        q = nvfp4.quantize(rows, **how | {"amax": float(amax)})
+        scales = nvfp4.unswizzle(q.scales, *q.shape)            # swizzled ones are there for each line
+        scales = scales[::nvfp4.FORMATS[format].block * len(scales) // len(rows)].contiguous()
+        return (q.codes, scales.view(torch.uint8)), (scales.dtype, q.s_dec)
+
+    def after(gathered, about, dtype, *, out=None):
+        codes, scales = gathered
+        layer.codes = nvfp4.Quantized(codes, scales.view(about[0]), about[1], format)
+        return out if out is not None else (torch.empty(part.shape, device=codes.device), ())
+
+    @torch.no_grad()
+    def need_values(layer, *_):
+        assert layer.codes is not None, "fully_shard has not asked the part how to gather it"
+        layer.weight.untyped_storage().resize_(0 if layer.cfg.active else part.numel() * part.itemsize)
+        if not layer.cfg.active:
+            layer.weight.copy_(part.full_tensor())
+
+    def free_values(layer, *_):
+        layer.weight.untyped_storage().resize_(0)
+    mine.fsdp_pre_all_gather, mine.fsdp_post_all_gather = before, after
+    layer.register_forward_pre_hook(need_values)
+    layer.register_forward_hook(free_values, always_call=True)
 
 
 def learned(optimizer):

@@ -383,6 +383,39 @@ def test_columns_are_the_rows_of_the_transpose(kind, M, dtype):
     assert torch.equal(quantize_both(x, how | {"square": False}).columns, x.t())
 
 
+@pytest.mark.parametrize("decode", (None, BF16, FP32), ids=str)
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.squares])
+def test_a_weight_s_codes_may_be_made_by_parts(name, decode):
+    """Both of the weight from codes of its parts side by side, at the largest magnitude of all of them."""
+    x, how = sample("gaussian", (96, 64), FP32), choices(name, square=True, decode=decode)
+    x[40] *= 3.0                                    # in one part alone
+    parts = [quantize(part, **how | {"amax": float(x.abs().max()), "decode": None}) for part in x.split(32)]
+    q = parts[0]._replace(codes=torch.cat([part.codes for part in parts]),
+                          scales=torch.cat([part.scales for part in parts]))
+    want, got = quantize_both(x, how, how), nvfp4.both_of(q, decode)
+    assert alike(got.rows, want.rows) and alike(got.columns, want.columns)
+    own = quantize(x[:32], **how | {"decode": None})                            # control: its own largest
+    assert FORMATS[name].top is None or not same(own.scales, q.scales[:len(own.scales)])
+
+
+@pytest.mark.parametrize("cfg, shape, n, fits", (
+    (RECIPES["ngpt"], (96, 64), 2, True), (RECIPES["ngpt"], (96, 64), 4, False),        # 24 rows
+    (RECIPES["ngpt"], (72, 64), 1, False), (RECIPES["nvfp4"], (96, 64), 3, True),
+    (RECIPES["ngpt"], (4, 16, 64), 4, True), (RECIPES["ngpt"], (6, 16, 64), 4, False),
+    (RECIPES["ngpt"], (4, 24, 64), 2, False),                                   # experts are filled up
+    (FP4Config(until=0.5), (96, 64), 2, False), (RECIPES["bf16"], (96, 64), 2, False),
+    (FP4Config(square_weights=False), (96, 64), 2, False), (FP4Config(gemms=("fprop",)), (96, 64), 2, False),
+    (FP4Config(stochastic=("fprop.w", "dgrad.w")), (96, 64), 2, False),
+    (FP4Config(hadamard=("fprop", "dgrad")), (96, 64), 2, False),
+    (PaperConfig(dge_k=5.0), (96, 64), 2, False)), ids=str)
+def test_which_weights_may_be_quantized_by_parts(cfg, shape, n, fits):
+    """Whole blocks in every part, the same for both GEMMs, and nobody looks at the weight itself."""
+    linear = torch.nn.Linear(shape[-1], shape[-2], bias=False)
+    linear.weight = torch.nn.Parameter(torch.zeros(shape))
+    layer = cfg.layer(linear, cfg)
+    assert (layer.for_parts(n) is not None) == fits
+
+
 # ---------------------------------------------------------------- the GEMM
 
 @pytest.fixture(params=(True, False), ids=("bf16 units", "fp32 units"))

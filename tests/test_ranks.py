@@ -26,7 +26,7 @@ import nvfp4  # noqa: E402
 import train  # noqa: E402
 from data.run import UserError, load_checkpoint, newest_checkpoint  # noqa: E402
 from model import load_model, outline  # noqa: E402
-from runs import RUNS, contents, differences, each_step, metrics, one_line, ranks, wait_for  # noqa: E402
+from runs import RUNS, TWO, contents, differences, each_step, metrics, one_line, ranks, wait_for  # noqa: E402
 from train import load_config  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -63,6 +63,55 @@ def test_two_ranks_equal_two_micro_batches(tiny, whole, tmp_path, kind, way):
     together(2, tiny(tmp_path, **RUNS[kind], parallel=way))
     assert newest_checkpoint(tmp_path).is_dir() == (way != "ddp")
     assert differences(tmp_path, whole(kind)) == set()
+
+
+def swizzled(q):
+    packed = isinstance(q, nvfp4.Quantized)
+    return q._replace(scales=nvfp4.swizzle(q.scales, len(q.codes))) if packed else q
+
+
+FP4_WEIGHTS = {                                     # ranks, runs, whether a rank's rows are whole blocks
+    "ngpt": (2, TWO, True), "experts": (2, RUNS["hybrid"], True), "swizzled scales": (2, TWO, True),
+    "ngpt on four": (4, TWO | {"gradient_accumulation_steps": 4, "n_embd": 64}, True),
+    "measured scales": (2, TWO | {"arch": "gpt", "recipe": "nvfp4", "fp4_tail": 0}, True),
+    "ngpt on three": (3, TWO | {"gradient_accumulation_steps": 3}, False)}
+
+
+@pytest.mark.parametrize("way, times", [("zero2", 1), ("fsdp", 2)])
+@pytest.mark.parametrize("name", ["ngpt", *(pytest.param(name, marks=pytest.mark.long)
+                                            for name in [*FP4_WEIGHTS][1:])])
+def test_codes_of_weights_are_gathered_not_weights(tiny, tmp_path, name, way, times):
+    """times a step: zero2 once, fsdp for the forward and the backward.
+
+    error   0, of weights, moments and metrics, to gathering fp32. A rank receives of each FP4 weight half a
+            byte a value and a byte for 256 of them, where it would receive 4 bytes a value
+    """
+    n, settings, in_codes = FP4_WEIGHTS[name]
+    received = {}
+    for gathered in ("codes", "fp32"):
+        out = tmp_path / gathered
+
+        def count(gathered=gathered, out=out):
+            if gathered == "fp32":
+                train.Ranks.gather_codes = lambda self, model: 0
+            if name == "swizzled scales":           # as a GPU with FP4 units has them
+                quantize = nvfp4.quantize
+                nvfp4.quantize = lambda x, **how: swizzled(quantize(x, **how))
+            sizes, real = [], torch.distributed.all_gather_into_tensor
+
+            def all_gather(output_tensor, *args, **kwargs):
+                sizes.append(output_tensor.numel() * output_tensor.itemsize)
+                return real(output_tensor, *args, **kwargs)
+            torch.distributed.all_gather_into_tensor = all_gather
+            each_step(lambda run, step: sizes.clear(), lambda run, step: step or os.environ["RANK"] != "0" or
+                      (tmp_path / f"{gathered}.txt").write_text(str(sum(sizes))))
+        argv = tiny(out, **settings, parallel=way)
+        assert ends_of(n, argv, count) == [(0, "")] * n
+        received[gathered] = int((tmp_path / f"{gathered}.txt").read_text())
+    assert differences(tmp_path / "codes", tmp_path / "fp32") == set()
+    layers = nvfp4.fp4_layers(train.load_run(tmp_path / "codes")[0])
+    values = sum(layer.weight.numel() for layer in layers)
+    assert received["fp32"] - received["codes"] == in_codes * times * values * (4 - 1 / 2 - 1 / 256)
 
 
 def test_all_ranks_begin_with_the_first_one_s_weights(tiny, whole, tmp_path, monkeypatch):
@@ -177,8 +226,14 @@ def test_a_checkpoint_goes_from_any_number_of_ranks_to_any_other(tiny, tmp_path)
     together(4, tiny(tmp_path, **settings, parallel="fsdp", stop_at=2))
     first, path = contents(tmp_path), newest_checkpoint(tmp_path)
     assert len([*path.iterdir()]) == 6 and path.name == "ckpt-000000002"
-    def stop_at_once():                             # before the first step; that is saved all the same
-        train.Stop.why = "the test"
+    def stop_at_once():                             # before the first step, and yet save what was read
+        set_up, train.Stop.why = train.set_up, "the test"
+
+        def not_saved(*args):
+            run = set_up(*args)
+            run.saved = None
+            return run
+        train.set_up = not_saved
     for n, way in ((2, "ddp"), (3, "zero2"), (1, "ddp"), (2, "fsdp")):
         argv = tiny(tmp_path, **settings, parallel=way, resume=True)
         assert ends_of(n, argv, stop_at_once) == [(train.STOPPED, "")] * n
