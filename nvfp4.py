@@ -1380,28 +1380,37 @@ def _e4m3_scales_triton(amax_b, s_enc, s_dec, TARGET: tl.constexpr):
 
 @triton.jit
 def _e2m1_triton(a, random, STOCHASTIC: tl.constexpr):
-    """e2m1(): the code of magnitudes a, int32 0..7.
+    """e2m1(): the code of magnitudes a, in bits 22 to 24 of an int32, which as an fp32 is 2^-126 of its value.
 
-    The grid has three step widths, and the position of a on it, counted in steps, is the smallest of 2 a,
-    a + 2 and a / 2 + 4. Rounding keeps order, so the smallest may be taken after rounding all three.
+    random  a byte in bits 14 to 21
+
+    The grid is that of an fp32 with one bit of mantissa and exponents from 1 on, so an fp32 of 2^-126 a has
+    the code, and below it the fraction of a step, as its bits. Stochastic rounding adds a random fraction to
+    them and cuts off; we keep ten digits of a, for an fp32 as small as that would round more of them.
+    To nearest a is rounded in full. The grid has three step widths, and the position of a on it, counted in
+    steps, is the smallest of 2 a, a + 2 and a / 2 + 4. Rounding keeps order, so the smallest may be taken
+    after rounding all three; a sum beyond 2^23 is rounded to whole steps.
     """
     a = tl.minimum(a, 6.0)                          # of NaN too
     if STOCHASTIC:
-        t = (a * 512.0).to(tl.int32)                # floor(256 * 2 a); halving it floors again
-        return (tl.minimum(tl.minimum(t, (t >> 1) + 512), (t >> 2) + 1024) + random) >> 8
-    else:                                           # a sum beyond 2^23 is rounded to whole steps
+        a = (a.to(tl.int32, bitcast=True) & -0x4000).to(tl.float32, bitcast=True)
+        place = (a * 1.1754943508222875e-38).to(tl.int32, bitcast=True)
+        return (place + random) & -0x400000
+    else:
         fine = (2.0 * a + 8388608.0).to(tl.int32, bitcast=True)
         middle = (a + 8388610.0).to(tl.int32, bitcast=True)
         coarse = (0.5 * a + 8388612.0).to(tl.int32, bitcast=True)
-        return tl.minimum(tl.minimum(fine, middle), coarse) & 7
+        return tl.minimum(tl.minimum(fine, middle), coarse) << 22
 
 
 @triton.jit
 def _codes(v, inverse, random, STOCHASTIC: tl.constexpr):
-    """The 16 codes of every block without their signs, int32 0..7; random: its four random words, uint32."""
+    """The 16 codes of every block as _e2m1_triton() has them; random: its four random words, uint32."""
     codes = ()
     for j in tl.static_range(16):
-        own = ((random[j // 4] >> (8 * (j % 4))) & 255).to(tl.int32) if STOCHASTIC else 0
+        own = 0
+        if STOCHASTIC:
+            own = (((random[j // 4] >> (8 * (j % 4))) & 255) << 14).to(tl.int32)
         codes = codes + (_e2m1_triton(tl.abs(v[j]) * inverse, own, STOCHASTIC),)
     return codes
 
@@ -1410,11 +1419,10 @@ def _codes(v, inverse, random, STOCHASTIC: tl.constexpr):
 def _word(codes, v, FIRST: tl.constexpr):
     """8 of the 16 codes of every block, from FIRST on, with the signs of v, as one uint32 word."""
     word = tl.zeros_like(codes[0]).to(tl.uint32)
-    signs = word
     for j in tl.static_range(FIRST + 7, FIRST - 1, -1):
-        word = (word << 4) | codes[j].to(tl.uint32)
-        signs = (signs << 4) | (v[j].to(tl.uint32, bitcast=True) >> 28)
-    return word | (signs & 0x88888888)              # of each four bits the first is the sign
+        signed = (codes[j].to(tl.uint32) << 6) | (v[j].to(tl.uint32, bitcast=True) & 0x80000000)
+        word = (word << 4) | (signed >> 28)
+    return word
 
 
 @triton.jit
@@ -1506,8 +1514,8 @@ def _quantize_tile_kernel(x_ptr, out_ptr, scales_ptr, s_dec_ptr, amax_ptr, key_p
     if DECODE:
         codes, values = _codes(v, inverse, random, STOCHASTIC), ()
         for j in tl.static_range(16):
-            sign = (v[j].to(tl.int32, bitcast=True) >> 28) & 8
-            value = _decode(codes[j] | sign) * 8.507059173023462e37 * scale     # 2^126
+            sign = v[j].to(tl.int32, bitcast=True) & -0x80000000
+            value = (codes[j] | sign).to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale   # 2^126
             values = values + (value.to(out_ptr.dtype.element_ty),)
         _store_blocks(out_ptr, values, R, C, pid_m, pid_n, COLUMNS, TILE)
     else:                                           # the codes of a block are one 64-bit word

@@ -110,6 +110,22 @@ def test_quantize_kernel_is_the_definition(kind, dtype, n):
         assert all(map(agree, kernels(x, rows, columns), want)), (shape, rows, columns)
 
 
+@pytest.mark.parametrize("decode", (None, FP32), ids=str)
+def test_what_lies_next_to_a_random_step_is_not_taken_for_it(decode):
+    """Stochastic rounding looks at 256ths of a step, cut off. A value and both its neighbours in fp32, of all
+    of these, and numbers that fp32 can hardly add to 1."""
+    steps = torch.arange(1, 3072) / 512
+    near = torch.cat([steps, steps.nextafter(torch.tensor(0.0)), steps.nextafter(torch.tensor(9.0)),
+                      2.0 ** -torch.arange(10, 149.0), 1.75 * 2.0 ** -torch.arange(10, 149.0)])
+    x = F.pad(F.pad(near, (0, -len(near) % 15)).view(-1, 15), (0, 1), value=6.0)        # blocks of scale 1
+    how = choices(stochastic=True, amax=6.0 * 448, decode=decode)
+    for key in range(3):
+        want = quantize_both(x, how | {"seed": key})
+        assert agree(kernels(x, how | {"seed": key}, None).rows, want.rows)
+    lower = quantize_both(x.nextafter(torch.tensor(0.0)), how | {"seed": key}).rows     # control
+    assert not agree(lower, want.rows)
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "subnormal", "nan"])
 def test_decode_kernel_is_the_definition(kind):
     """Bit for bit, whatever the shape, NaN and subnormal scales among them; a control with other scales."""
