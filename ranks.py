@@ -264,7 +264,7 @@ def gather_codes(layer, how):
     def after(gathered, about, dtype, *, out=None):
         codes, scales = gathered
         layer.codes = nvfp4.Quantized(codes, scales.view(about[0]), about[1], format)
-        return out if out is not None else (torch.empty(part.shape, device=codes.device), ())
+        return out if out is not None else (mine.new_empty(part.shape), ())
 
     @torch.no_grad()
     def need_values(layer, *_):
