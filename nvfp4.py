@@ -1380,7 +1380,7 @@ def _e4m3_scales_triton(amax_b, s_enc, s_dec, TARGET: tl.constexpr):
 
 @triton.jit
 def _e2m1_triton(a, random, STOCHASTIC: tl.constexpr):
-    """e2m1(): the code of magnitudes a, in bits 22 to 24 of an int32, which as an fp32 is 2^-126 of its value.
+    """e2m1(): codes of magnitudes a, in bits 22 to 24 of an int32: as an fp32 that is 2^-126 of their value.
 
     random  a byte in bits 14 to 21
 

@@ -371,8 +371,8 @@ class Start(NamedTuple):
 STARTS = (
     Start("gpt", "std 0.02", lambda C: ["--init_std=0.02"], 0.256),
     Start("gpt", "std C^-0.5", lambda C: [f"--init_std={C**-0.5:.4g}"], 0.256),
-    Start("ngpt", "ours", lambda C: [f"--s_z_init={C**0.5:.3g}", "--alpha_init=0.4"], 0.512),
-    Start("ngpt", "paper", lambda C: ["--s_z_init=1", "--alpha_init=0.05"], 0.512),
+    Start("ngpt", "ours", lambda C: [f"--s_z_init={C**0.5:.3g}", "--alpha_init=0.4"], 1.024),
+    Start("ngpt", "paper", lambda C: ["--s_z_init=1", "--alpha_init=0.05"], 1.024),
 )
 STOPS = 1 / 4, 1 / 2, 1                             # parts of a run after which it is measured
 MOST_RATES = 7
