@@ -4,7 +4,7 @@
     python assets/experiments.py claim --widths=256                 what averages noise: rates, starts, shares
     python assets/experiments.py lr --max_steps=150 --n_embd=64     learning rates, in bf16 and FP4 (fig. 6a)
     python assets/experiments.py onelayer --max_steps=200           one MLP trained alone (fig. 7)
-    python assets/experiments.py accumulation --max_steps=200       GEMMs that add up as Blackwell's do: slow
+    python assets/experiments.py accumulation --max_steps=200       GEMMs that add up as Blackwell's do
     python assets/experiments.py -h                                 this text and the options
 
 Other flags are train.py's, and hold for every run. Each run has a folder in out_dir. The same command goes on
@@ -519,7 +519,7 @@ def accumulation(o, flags):
             y = way(a, b).double()
             return (y if alpha is None else y * alpha.double()).to(dtype)
         _, c = a_run(f"accumulation {name}", "ngpt", o, [
-            *flags, f"--seed={o.seed}", "--compile=False", "--device=cpu"])     # where gemm() multiplies
+            *flags, f"--seed={o.seed}", "--device=cpu"])        # where gemm() multiplies
         if not c.fp4.gemms:
             raise UserError(f"--recipe={c.recipe}: has no GEMM in FP4")
         if not finished(c):
