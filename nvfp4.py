@@ -1005,20 +1005,17 @@ def switch_late(model, done):
     return news
 
 
-class high_precision:
+@contextlib.contextmanager
+def high_precision(model, gemms=GEMMS):
     """Context: these GEMMs of the model's FP4 layers run in high precision; all of them for an evaluation
     beside FP4. Weights that were quantized before serve again after it."""
-
-    def __init__(self, model, gemms=GEMMS):
-        self.layers, self.gemms = fp4_layers(model), gemms
-
-    def __enter__(self):
-        self.before = [(m.cfg, m.quantized, m.seen) for m in self.layers]
-        for m in self.layers:
-            m.cfg = m.cfg.without(self.gemms)
-
-    def __exit__(self, *_):
-        for m, (cfg, quantized, seen) in zip(self.layers, self.before, strict=True):
+    before = [(m, m.cfg, m.quantized, m.seen) for m in fp4_layers(model)]
+    for m, cfg, *_ in before:
+        m.cfg = cfg.without(gemms)
+    try:
+        yield
+    finally:
+        for m, cfg, quantized, seen in before:
             m.cfg = cfg
             if m.quantized is not None:             # train() and eval() let it go
                 m.quantized, m.seen = quantized, seen
