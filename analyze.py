@@ -35,7 +35,6 @@ Letters: T tokens and J output channels in the sample, K terms of a dot product 
 Equations and figures: 2605.06067, sections 3 and 4, appendix B. For fig. 6b run python tests/bench.py layer.
 """
 import argparse
-import contextlib
 import copy
 import itertools
 import json
@@ -524,17 +523,7 @@ def initial_weights(config):
     return None if c.init_from else {name: p.detach() for name, p in build(c.model).named_parameters()}
 
 
-@contextlib.contextmanager
-def uncompiled():
-    """Do not compile: the bits stay, and four batches are too few to pay for kernels of every shape."""
-    before = nvfp4.use_compiler(False)
-    try:
-        yield
-    finally:
-        nvfp4.use_compiler(before)
-
-
-@uncompiled()
+@nvfp4.use_compiler(False)                          # four batches do not pay for kernels of every shape
 def analyse(folder, o):
     """All probes of a run, as rows {arch, width, recipe, seed, ...}: of its layers, which also carry the loss
     and mean growth of the run, of sums of k terms, of channels, and of the noise alpha."""
@@ -834,7 +823,7 @@ def main(argv):
         raise UserError(f"{flags[0]}: no such option; python analyze.py -h lists them")
     if bool(folders) != (work is not quant):
         raise UserError(f"{words[0]} takes {'no run folder' if work is quant else 'run folders'}")
-    with uncompiled():
+    with nvfp4.use_compiler(False):
         work(folders, o)
 
 

@@ -1094,20 +1094,19 @@ def convert(model, cfg, report=print):
 
 # ---------------------------------------------------------------- on a CPU: one pass over memory
 
-COMPILER = {"on": True}
+COMPILER = SimpleNamespace(on=True)
 
 
 def use_compiler(on):
-    """Whether the lesson's functions are fused by torch.compile from now on. That takes half a minute the
-    first time and makes them several times faster; the bits are the same. Returns whether they were."""
-    was, COMPILER["on"] = COMPILER["on"], on
-    return was
+    """Context: whether the lesson's functions are fused by torch.compile. That takes half a minute the first
+    time and makes them several times faster; the bits are the same."""
+    return setting(COMPILER, "on", on)
 
 
 def fused(function, device):
     """The function as one compiled pass over memory in place of a pass for each operation; the bits are the
     same. As it stands where nothing compiles, and where a compiler is looking at the caller already."""
-    if torch.compiler.is_compiling() or not COMPILER["on"] or not can_compile(device.type):
+    if torch.compiler.is_compiling() or not COMPILER.on or not can_compile(device.type):
         return function
     set_up_compiler()
     return compiled(function)
@@ -1186,7 +1185,7 @@ def gemm(a, b, alpha, dtype):
 
 @contextlib.contextmanager
 def setting(of, name, value):
-    """Context: a setting of torch's has this value."""
+    """Context: a setting, of torch's or ours, has this value."""
     before = getattr(of, name)
     if before != value:
         setattr(of, name, value)
@@ -1839,15 +1838,12 @@ def hardware(device):
                 if not bool((error <= bound).all()):
                     return False
         return True
-    was = use_compiler(False)                       # the definition, once and small: not worth half a minute
-    try:
+    with use_compiler(False):                       # the definition, once and small: not worth half a minute
         nearest = generation in (10, 12) and agrees("cvt.rn.satfinite.e2m1x2", lambda: rounds(False))
         stochastic = generation == 10 and agrees(   # sm_120 has no such instruction
             "cvt.rs.satfinite.e2m1x4", lambda: rounds(True))
         ways = tuple(name for name, way in WAYS.items()
                      if generation in (10, 12) and agrees(name, lambda way=way: multiplies(way)))
-    finally:
-        use_compiler(was)
     return Hardware(nearest, stochastic, ways, tuple(refused))
 
 
@@ -1900,7 +1896,7 @@ def capability(device=None, format="nvfp4"):
     else:
         where, why = f"{device.type}, {torch.get_num_threads()} threads", ""
         units = "bf16 units" if cpu_has_bf16() else "fp32 (no bf16 units here)"
-    if not COMPILER["on"]:
+    if not COMPILER.on:
         speed = "not fused, which is several times slower (the compiler is switched off)"
     elif can_compile(device.type):
         speed = "fused by torch.compile"
@@ -1985,9 +1981,9 @@ def main(argv, page=__doc__):
         print(page.strip())
         return
     if argv and argv != ["--json"]:
-        use_compiler(False)                         # a few numbers are not worth half a minute
         try:
-            print(walk([float(number) for number in argv]))
+            with use_compiler(False):               # a few numbers are not worth half a minute
+                print(walk([float(number) for number in argv]))
         except ValueError:
             sys.exit(f"nvfp4.py takes numbers, --json or nothing, not {' '.join(argv)}")
         return

@@ -648,8 +648,7 @@ def train(c, stop=None):
     stop = stop or Stop()
     advice = f"lower batch_size={c.batch_size} (and raise gradient_accumulation_steps) or the model's sizes"
     with contextlib.ExitStack() as after, naming_memory(advice):
-        before = nvfp4.use_compiler(c.compile)
-        after.callback(nvfp4.use_compiler, before)  # a caller in this process gets its setting back
+        after.enter_context(nvfp4.use_compiler(c.compile))
         run = set_up(c, after, stop)
         stop.begun, stop.times = True, run.times    # from here on a signal leaves a checkpoint
         with run.ranks.together(), run.trace or contextlib.nullcontext():

@@ -1783,11 +1783,8 @@ def test_a_compiler_switched_off_compiles_nothing(monkeypatch):
     def bits():
         q = quantize(x[:32], stochastic=True, seed=SEED, signs=FIXED)
         return [*tensors_of(q), q.dequantize(), *run(make_layer(RECIPES["nvfp4"]), x, dy)]
-    try:
-        nvfp4.use_compiler(False)
+    with nvfp4.use_compiler(False):
         off, n_calls, said = bits(), len(calls), nvfp4.capability("cpu")
-    finally:
-        nvfp4.use_compiler(True)
     assert n_calls == 0 and "switched off" in said
     assert all(map(same, bits(), off)) and len(calls) > 3                       # control
 
