@@ -3,8 +3,6 @@
 A kill at any moment, a full disk, a damaged file, a second process in the same folder, too little memory: we
 deal with them here and nowhere else. A file is written whole or not at all, a line is written at once, and an
 error is one line that names the remedy. Nothing here knows of models.
-
-Exit statuses: 0 done; 1 an error; 75 (STOPPED) stopped with a checkpoint, so that --resume goes on.
 """
 import contextlib
 import ctypes
@@ -27,7 +25,7 @@ try:
 except ImportError:                                 # no POSIX: no locks
     fcntl = None
 
-STOPPED = 75                                        # EX_TEMPFAIL: try again
+STOPPED = 75                                        # exit status with a checkpoint: --resume goes on
 
 
 class UserError(ValueError):
