@@ -101,9 +101,6 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
-    def mean(self, x):
-        return self.sum(x) / self.world
-
     def any(self, flag):
         """Whether the flag of some rank is true: a signal may reach them in different steps."""
         if self.world == 1:

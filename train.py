@@ -252,7 +252,7 @@ def training_step(run, step):
         idx, targets = micro_batch(n)
         mean_loss += graph.replay(idx, targets) if graph else add_gradients(run, idx, targets)
     ranks.average(model)
-    loss = float(ranks.mean(mean_loss))
+    loss = float(ranks.sum(mean_loss) / ranks.world)
     norm = clip_gradient(model, c.grad_clip, ranks)
     if not math.isfinite(loss) or not math.isfinite(norm):                      # the model stays as it was
         raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}")
