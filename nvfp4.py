@@ -867,15 +867,14 @@ class FP4Linear(torch.nn.Linear):
     """
 
     function = FP4Function
-    codes = None                                    # the weight quantized by parts, where ranks share it
-    quantized = None                                # the weight as Both
-    seen = None                                     # of which weight, contents, recipe and step that is
-    drawn = None                                    # (seed, step) that the keys belong to; None: to no step
 
     def __init__(self, linear, cfg, index=0):
         vars(self).update(vars(linear))             # parameters, hooks, mode
         self.plain = vars(linear).get("plain", type(linear))        # the class that it was
-        self.codes = self.quantized = self.seen = self.drawn = None
+        self.codes = None                           # the weight quantized by parts, where ranks share it
+        self.quantized = None                       # the weight as Both
+        self.seen = None                            # of which weight, contents, recipe and step that is
+        self.drawn = None                           # (seed, step) that the keys belong to; None: to no step
         self.cfg, self.index = cfg, index           # index: which linear layer, for the random stream
         # no buffer: DistributedDataParallel would overwrite it with the first rank's
         self.keys = layer_keys(0, 0, 0, index)
