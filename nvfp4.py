@@ -366,14 +366,11 @@ class Quantized(NamedTuple):
             return decode(codes, scale.permute(1, 2, 0), form, dtype, 2).view(K, M).t()
         return decode(codes.reshape(M, K // b, b // 2), scale, form, dtype, 3).view(M, K)
 
-    def scale_of_blocks(self):
-        """fp32: (M/h, K/block, 1), or one for every two values, (M, K/block, block/2)."""
-        form, scale = FORMATS[self.format], unswizzle(self.scales, *self.shape)
-        return form.unpack_scale(scale) if form.unpack_scale else scale.float()[..., None]
-
     def scale_of_lines(self):
-        """The same for every line of square blocks: M in place of M/h."""
-        scale = self.scale_of_blocks()
+        """fp32, for every line of a block: (M, K/block, 1), or one for every two values, (M, K/block,
+        block/2)."""
+        form, scale = FORMATS[self.format], unswizzle(self.scales, *self.shape)
+        scale = form.unpack_scale(scale) if form.unpack_scale else scale.float()[..., None]
         height = len(self.codes) // len(scale)
         return scale if height == 1 else scale.repeat_interleave(height, 0)
 
