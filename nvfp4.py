@@ -388,10 +388,6 @@ class Decoded(NamedTuple):
     values: torch.Tensor
     s_dec: torch.Tensor
 
-    @property
-    def shape(self):
-        return tuple(self.values.shape)
-
     def decode(self, dtype=torch.bfloat16):
         return self.values.to(dtype)
 
