@@ -277,12 +277,10 @@ def of_rung(rung, seed, name, o, flags):
 
 
 def rows_of(table, o):
-    """The rungs that --rows names."""
-    globs = o.rows.split(",")
-    found = [rung for rung in table if any(fnmatch(f"{rung.arch}/{rung}", glob) for glob in globs)]
+    """Those of {name: row} that --rows names."""
+    found = [row for name, row in table.items() if any(fnmatch(name, glob) for glob in o.rows.split(","))]
     if not found:
-        raise UserError(f"--rows={o.rows}: no such row; the rows are "
-                        + ", ".join(f"{rung.arch}/{rung}" for rung in table))
+        raise UserError(f"--rows={o.rows}: no such row; the rows are {', '.join(table)}")
     return found
 
 
@@ -307,7 +305,7 @@ LADDER = (
 def recipes(o, flags):
     """The ladder: the cost of each recipe, and of each ingredient of two of them. Runs of one seed have the
     same start and the same data in the same order, so we compare each with bf16 of its seed."""
-    wanted = rows_of(LADDER, o)
+    wanted = rows_of({f"{rung.arch}/{rung}": rung for rung in LADDER}, o)
     chosen = [rung for rung in LADDER if rung in wanted or rung.recipe == "bf16"
               and rung.arch in {other.arch for other in wanted}]
     runs, rows = {}, []
@@ -384,9 +382,7 @@ def claim(o, flags):
     the best from more seeds. Loss is that of all of the validation text."""
     refuse(flags, ("n_embd", "n_head", "n_ffn", "learning_rate", "warmup_steps", "eval_interval",
                    "eval_iters", "recipe", "init_std", "s_z_init", "alpha_init"), "the experiment sets it")
-    chosen = [start for start in STARTS if any(fnmatch(str(start), glob) for glob in o.rows.split(","))]
-    if not chosen:
-        raise UserError(f"--rows={o.rows}: no such row; the rows are {', '.join(map(str, STARTS))}")
+    chosen = rows_of({str(start): start for start in STARTS}, o)
     places = list(itertools.product(asked_widths(o, flags) or [256], chosen))
     if len(places) > 1 and o.processes > 1:         # a process each; here we read then what they found
         commands = {f"{o.out_dir}/{width} {start}": [
