@@ -79,18 +79,19 @@ class Ranks:
             dist.barrier()
 
     def each(self, work, *args):
-        """Have every rank do this. An error of one ends the others too; it alone says why."""
-        error = None
+        """Have every rank do this, for its result. An error of one ends the others too; it alone says why."""
+        error = found = None
         try:
-            work(*args)
+            found = work(*args)
         except (UserError, OSError) as caught:
             error = caught
         if self.any(error is not None):
             raise error or SystemExit(1)
+        return found
 
     def once(self, work, *args):
-        """Have the first rank do this while the others wait."""
-        self.each(work if self.first else lambda *_: None, *args)
+        """Have the first rank do this while the others wait; they get None for its result."""
+        return self.each(work if self.first else lambda *_: None, *args)
 
     def share(self, sequence):
         """This rank's part of a sequence."""
@@ -151,8 +152,7 @@ class Ranks:
                 dist.broadcast(tensor, 0)
 
     def before_backward(self, model, last):
-        """Called before each micro-batch; last: of the step. zero2 keeps whole weights and gradients until
-        then; fsdp gathers the ones and hands out the others each time."""
+        """Called before each micro-batch; last: of the step, until when zero2 keeps whole gradients."""
         if self.sharded and self.parallel == "zero2":
             model.set_requires_gradient_sync(last)
             model.set_reshard_after_backward(last)

@@ -619,21 +619,19 @@ def set_up(c, after, stop):
 
 def make_model(c, ranks, tokenizer, report, begins):
     """The converted model on its device. Where ranks share it: this rank's part, filled if the run begins."""
-    first = []
     torch.manual_seed(c.seed)
-    if begins:
-        ranks.once(lambda: first.append(first_model(c.model, c.init_from, tokenizer)))
+    first = ranks.once(first_model, c.model, c.init_from, tokenizer) if begins else None
     if ranks.sharded:
         model = ranks.split(nvfp4.convert(outline(c.model), c.fp4, report))
         if c.parallel == "fsdp":                    # FSDP frees a block's weights: so do we with 4-bit ones
             for block in model.blocks:
                 block.register_forward_hook(nvfp4.forget_weights, always_call=True)
         if begins:
-            ranks.fill(model, *first or [None])     # the first rank hands them out
+            ranks.fill(model, first)                # the first rank hands them out
         n = 0 if c.gradient_noise else ranks.gather_codes(model)                # that probe needs the weights
         report(f"ranks gather the codes of {n} of {len(nvfp4.fp4_layers(model))} FP4 weights")
     else:
-        model = first[0] if first else build(c.model)
+        model = first or build(c.model)
         model = nvfp4.convert(model.to(ranks.device), c.fp4, report)
         ranks.agree(model)
     model.activation_checkpointing = c.activation_checkpointing
