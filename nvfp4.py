@@ -1566,11 +1566,6 @@ def given_s_dec(amax, top, target):
     return tensor_scales(torch.tensor(float(amax)), top, target)[1]
 
 
-def on(device):
-    """Context: Triton launches on the current device, which need not be that of its arguments."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
     """quantize_both() by the kernels; rows and columns are choices().
 
@@ -1593,7 +1588,7 @@ def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
     maxima = None
     if wanted:
         maxima = torch.zeros(3, dtype=torch.int32, device=x.device)
-        with on(x.device):
+        with torch.cuda.device_of(x):
             _amax_kernel[grid](x, maxima, *signs, R, C, *(slot in wanted for slot in range(3)), TILE,
                                **QUANTIZE_OPTIONS)
     pointers, flags, results = [], [], []
@@ -1621,7 +1616,7 @@ def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
         flags.append((height, target, stochastic, sign is not x, how["decode"] is not None,
                       bool(ptx[stochastic]), swizzles))
         results.append(q)
-    with on(x.device):
+    with torch.cuda.device_of(x):                   # Triton launches on the current device, wherever x is
         _quantize_kernel[grid](x, R, C, *pointers, *flags, TILE, **QUANTIZE_OPTIONS)
     return Both(*results)
 
@@ -1631,7 +1626,7 @@ def decode_triton(q, dtype):
     (M, K), words = q.shape, q.codes.contiguous().view(torch.int64)             # a block's codes each
     scales = unswizzle(q.scales, M, K).contiguous().view(torch.uint8)
     out, grid = q.codes.new_empty((M, K), dtype=dtype), (triton.cdiv(M, TILE) * triton.cdiv(K, TILE),)
-    with on(out.device):
+    with torch.cuda.device_of(out):
         _decode_kernel[grid](words, scales, out, M, K, M // len(scales), TILE, **QUANTIZE_OPTIONS)
     return out
 
@@ -1732,7 +1727,7 @@ def matmul_dot_scaled(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
     (M, K), N = (a.shape[0], 2 * a.shape[1]), b.shape[0]
     y = torch.empty((M, N), dtype=dtype, device=a.device)
     grid = (triton.cdiv(M, NATIVE_BLOCK["BLOCK_M"]) * triton.cdiv(N, NATIVE_BLOCK["BLOCK_N"]),)
-    with on(a.device):
+    with torch.cuda.device_of(a):
         _matmul_native_kernel[grid](a.contiguous(), swizzle(a_scales, M), a_s_dec, b.contiguous(),
                                     swizzle(b_scales, N), b_s_dec, y, M, N, K, **NATIVE_BLOCK,
                                     **NATIVE_OPTIONS)
