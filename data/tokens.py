@@ -374,12 +374,11 @@ def prepare_missing(dataset):
     if not (folder / "val.bin").exists() and dataset != "text" and script.exists():
         print(f"preparing {dataset}: python {script}", flush=True)
         done = subprocess.run([sys.executable, str(script)], stderr=subprocess.PIPE, text=True)
+        if not done.returncode or "Traceback" in done.stderr:
+            print(done.stderr, end="", file=sys.stderr)
         if done.returncode:
-            if "Traceback" in done.stderr:
-                print(done.stderr, end="", file=sys.stderr)
             said = done.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
             raise UserError(f"dataset={dataset}: {said or f'{script} ended with {done.returncode}'}")
-        print(done.stderr, end="", file=sys.stderr)
 
 
 def load_data(dataset, block_size, vocab_size=None):
