@@ -657,20 +657,26 @@ def compare(folders, o):
           analysis(by_layer, overall, found["terms"], found["noise"], channels, gaps, OWN_RECIPE))
 
 
+def pairs_of(rows, *alike):
+    """({width, ngpt, gpt: names of recipes}, row of nGPT, row of GPT) of rows that agree in these fields."""
+    for n, g in itertools.product(find(rows, arch="ngpt"), find(rows, arch="gpt")):
+        if all(n[key] == g[key] for key in ("width", *alike)):
+            yield {"width": n["width"], "ngpt": n["recipe"], "gpt": g["recipe"]}, n, g
+
+
 def against(layers):
     """nGPT against GPT of the same width and seed, layer by layer: the measured gap, and the one that eq. 5
     makes of the correlations."""
-    rows = [{"width": n["width"], "ngpt": n["recipe"], "gpt": g["recipe"], "seed": n["seed"],
-             "gap_db": n["dot"] - g["dot"], "eq5_db": float(db(eq5(n["K"], n["rho_s"], g["rho_s"]))),
-             "flatness_ratio": g["growth"] / n["growth"]}
+    rows = [mine | {"seed": n["seed"], "gap_db": n["dot"] - g["dot"],
+                    "eq5_db": float(db(eq5(n["K"], n["rho_s"], g["rho_s"]))),
+                    "flatness_ratio": g["growth"] / n["growth"]}
             | {f"{key}_{run['arch']}": run[key] for run in (n, g)
                for key in ("products", "rho_s", "rho_n", "gain")}
-            for n in find(layers, arch="ngpt")
-            for g in find(layers, arch="gpt", layer=n["layer"], width=n["width"], seed=n["seed"])]
+            for mine, n, g in pairs_of(layers, "layer", "seed")]
     pairs = over_seeds(rows, "width", "ngpt", "gpt")
     for p in pairs:
-        mine = find(rows, width=p["width"], ngpt=p["ngpt"], gpt=p["gpt"])
-        p |= {"seeds": len({row["seed"] for row in mine})} | regimes(p["rho_s_ngpt"][0], p["rho_s_gpt"][0])
+        of_pair = find(rows, width=p["width"], ngpt=p["ngpt"], gpt=p["gpt"])
+        p |= {"seeds": len({row["seed"] for row in of_pair})} | regimes(p["rho_s_ngpt"][0], p["rho_s_gpt"][0])
     return pairs
 
 

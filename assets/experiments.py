@@ -35,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 import analyze
 import nvfp4
 import train
-from analyze import (COLUMNS, analyse, find, over_seeds, progress, read_command, read_run, shared_layers,
-                     summary, table, type_of, write)
+from analyze import (COLUMNS, analyse, find, over_seeds, pairs_of, progress, read_command, read_run,
+                     shared_layers, summary, table, type_of, write)
 from assets.figures import curves
 from data.run import (STOPPED, Stop, UserError, catch_signals, command, load_checkpoint, newest_checkpoint,
                       read_json, write_json)
@@ -491,13 +491,6 @@ def gaps(rows, points):
     for row in found:
         row["pairs"] = len(find(share, width=row["width"], ngpt=row["ngpt"], gpt=row["gpt"]))
     return best, found
-
-
-def pairs_of(rows, *alike):
-    """({width, ngpt, gpt: names of starts}, row of nGPT, row of GPT) of rows that agree in these fields."""
-    for n, g in itertools.product(find(rows, arch="ngpt"), find(rows, arch="gpt")):
-        if all(n[key] == g[key] for key in ("width", *alike)):
-            yield {"width": n["width"], "ngpt": n["recipe"], "gpt": g["recipe"]}, n, g
 
 
 # ---------------------------------------------------------------- how a GEMM adds up
