@@ -887,7 +887,7 @@ def training_bytes(model):
 
 
 def rank_bytes(parallel, model, n_ranks):
-    """Bytes of training_bytes() that one of n ranks holds.
+    """Bytes of training_bytes() that one of n ranks holds; fewer where weights are gathered as codes.
 
     zero2   weights and gradients whole, 1/n of the two moments
     fsdp    1/n of everything; but the largest block, embedding, head and last norm are there whole, as

@@ -430,8 +430,8 @@ def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=Non
     format      a key of FORMATS
     square      blocks of as many rows as columns
     stochastic  round stochastically with the key seed: a 64-bit integer, or its two words as (2,) int64
-    amax        a number skips the search for the largest magnitude, which fixes the tensor scale; what
-                exceeds it saturates
+    amax        a number, or () fp32, skips the search for the largest magnitude, which fixes the tensor
+                scale; what exceeds it saturates
     unbiased    leave room for the rounding of the scale, so that stochastic rounding never saturates
     signs       (n,): rotate first in runs of n, by hadamard()
     decode      a dtype: give Decoded in it instead of codes
@@ -454,7 +454,8 @@ def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=Non
         x = hadamard(x, signs)
     (M, K), turned = x.shape, is_turned(x)
     amax = 1.0 if form.top is None else amax        # no tensor scale, so no search
-    amax = largest_magnitude(x, form.by_row) if amax is None else torch.full((), float(amax), device=x.device)
+    amax = largest_magnitude(x, form.by_row) if amax is None else torch.as_tensor(amax, device=x.device)
+    amax = amax.float()
     if amax.dim():                                  # of rows
         amax = amax.view(1, 1, M, 1) if turned else amax.view(M, 1, 1, 1)
     key = as_key(seed, x.device) if stochastic else None
@@ -548,14 +549,17 @@ def turned_over(rows, columns):
     return rows["signs"] is None and {**rows, "seed": None} == {**columns, "seed": None}
 
 
-def both_of(q, decode):
-    """Both of a matrix of square blocks from its codes q, decoded in a dtype unless that is None: what
-    quantize_both() gives where turned_over() holds."""
-    if decode:
-        rows = Decoded(q.decode(decode), q.s_dec)
-        return Both(rows, rows._replace(values=rows.values.t()))
-    codes = torch.stack((q.codes & 15, q.codes >> 4), -1).flatten(1)
-    return Both(q, q._replace(codes=pack(codes.t()), scales=q.scales.t().contiguous()))
+def both_of(q, format, decode, amax=None, unbiased=False, **how):
+    """Both of a matrix of square blocks from its codes q, for these arguments of quantize_both() on both
+    sides: what that gives where turned_over() holds."""
+    if decode is None:
+        codes = torch.stack((q.codes & 15, q.codes >> 4), -1).flatten(1)
+        return Both(q, q._replace(codes=pack(codes.t()).contiguous(), scales=q.scales.t().contiguous()))
+    form, s_dec = FORMATS[format], q.s_dec
+    if amax is not None:                            # known on the CPU, so that no one waits for a GPU
+        s_dec = given_s_dec(amax, form.top, form.target_of(unbiased))
+    rows = Decoded(q.decode(decode), s_dec)
+    return Both(rows, rows._replace(values=rows.values.t()))
 
 
 def fill_up(x, columns=0, rows=0):
@@ -890,7 +894,7 @@ class FP4Linear(torch.nn.Linear):
         """The weight as Both, as the recipe wants fprop.w and dgrad.w."""
         for_fprop, for_dgrad = self.weight_operands()
         if self.codes is not None:
-            return self.by_expert(both_of(self.codes, for_fprop["decode"]))
+            return self.by_expert(both_of(self.codes, **for_fprop))
         return self.by_expert(quantize_both(self.filled_weight(), for_fprop, for_dgrad))
 
     def for_parts(self, n):
@@ -1603,14 +1607,16 @@ def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
         size = swizzled_size(n_lines, n_blocks) if swizzles else (n_lines // height, n_blocks)
         padded = swizzles and (n_lines % 128 or n_blocks % 4)                   # with zeros
         scales = (x.new_zeros if padded else x.new_empty)(size, dtype=torch.uint8)
-        amax = maxima.view(torch.float32)[slot] if fixed is None else constant(float(fixed), x.device)
+        amax = maxima.view(torch.float32)[slot] if fixed is None else fixed
+        amax = amax if torch.is_tensor(amax) else constant(float(amax), x.device)
         s_dec = x.new_empty((), dtype=torch.float32)
         if how["decode"] is None:
             out = x.new_empty((n_lines, n_blocks), dtype=torch.int64)
             q = Quantized(out.view(torch.uint8), scales.view(form.scale_dtype), s_dec, form.name)
         else:
             out = x.new_empty((block * n_blocks if turned else R, C), dtype=how["decode"])
-            known = s_dec if fixed is None else given_s_dec(fixed, form.top, target)
+            measured = fixed is None or torch.is_tensor(fixed)
+            known = s_dec if measured else given_s_dec(fixed, form.top, target)
             q = Decoded(out.t() if turned else out, known)
         pointers += [out, scales, s_dec, amax, as_key(how["seed"], x.device) if stochastic else x, sign]
         flags.append((height, target, stochastic, sign is not x, how["decode"] is not None,

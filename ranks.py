@@ -140,9 +140,11 @@ class Ranks:
         set_model_state_dict(model, whole.state_dict() if self.first else {}, options=options)
 
     def gather_codes(self, model):
-        """From now on gather codes of weights, where they will do. Returns how many weights these are."""
+        """From now on gather codes of weights, where they will do, and no two layers share the weight.
+        Returns how many these are."""
+        uses = collections.Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
         layers = [(layer, layer.for_parts(self.world)) for layer in nvfp4.fp4_layers(model)]
-        found = [gather_codes(layer, how) for layer, how in layers if how]
+        found = [gather_codes(layer, how) for layer, how in layers if how and uses[id(layer.weight)] == 1]
         return len(found)
 
     def agree(self, model):
@@ -250,10 +252,10 @@ def gather_codes(layer, how):
 
     def before(mesh, size, stride, module, policy):
         rows, amax = mine.flatten(0, -2), how["amax"]
-        if amax is None:                            # the largest of all ranks
+        if amax is None and nvfp4.FORMATS[format].top:          # the largest of all ranks
             amax = nvfp4.largest_magnitude(rows)
             dist.all_reduce(amax, dist.ReduceOp.MAX, group=mesh.get_group())
-        q = nvfp4.quantize(rows, **how | {"amax": float(amax)})
+        q = nvfp4.quantize(rows, **how | {"amax": amax})
         scales = nvfp4.unswizzle(q.scales, *q.shape)            # swizzled ones are there for each line
         scales = scales[::nvfp4.FORMATS[format].block * len(scales) // len(rows)].contiguous()
         return (q.codes, scales.view(torch.uint8)), (scales.dtype, q.s_dec)
@@ -263,6 +265,7 @@ def gather_codes(layer, how):
         layer.codes = nvfp4.Quantized(codes, scales.view(about[0]), about[1], format)
         return out if out is not None else (mine.new_empty(part.shape), ())
 
+    @torch.compiler.disable                         # as the layer itself
     @torch.no_grad()
     def need_values(layer, *_):
         assert layer.codes is not None, "fully_shard has not asked the part how to gather it"
@@ -270,6 +273,7 @@ def gather_codes(layer, how):
         if not layer.cfg.active:
             layer.weight.copy_(part.full_tensor())
 
+    @torch.compiler.disable
     def free_values(layer, *_):
         layer.weight.untyped_storage().resize_(0)
     mine.fsdp_pre_all_gather, mine.fsdp_post_all_gather = before, after

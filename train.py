@@ -628,7 +628,7 @@ def make_model(c, ranks, tokenizer, report, begins):
                 block.register_forward_hook(nvfp4.forget_weights, always_call=True)
         if begins:
             ranks.fill(model, first)                # the first rank hands them out
-        n = 0 if c.gradient_noise else ranks.gather_codes(model)                # that probe needs the weights
+        n = ranks.gather_codes(model)
         report(f"ranks gather the codes of {n} of {len(nvfp4.fp4_layers(model))} FP4 weights")
     else:
         model = first or build(c.model)

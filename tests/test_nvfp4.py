@@ -392,7 +392,7 @@ def test_a_weight_s_codes_may_be_made_by_parts(name, decode):
     parts = [quantize(part, **how | {"amax": float(x.abs().max()), "decode": None}) for part in x.split(32)]
     q = parts[0]._replace(codes=torch.cat([part.codes for part in parts]),
                           scales=torch.cat([part.scales for part in parts]))
-    want, got = quantize_both(x, how, how), nvfp4.both_of(q, decode)
+    want, got = quantize_both(x, how, how), nvfp4.both_of(q, **how)
     assert alike(got.rows, want.rows) and alike(got.columns, want.columns)
     own = quantize(x[:32], **how | {"decode": None})                            # control: its own largest
     assert FORMATS[name].top is None or not same(own.scales, q.scales[:len(own.scales)])
