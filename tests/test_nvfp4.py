@@ -383,18 +383,19 @@ def test_columns_are_the_rows_of_the_transpose(kind, M, dtype):
     assert torch.equal(quantize_both(x, how | {"square": False}).columns, x.t())
 
 
-@pytest.mark.parametrize("decode", (None, BF16, FP32), ids=str)
+@pytest.mark.parametrize("decode, amax", ((None, None), (BF16, None), (FP32, 2.0), (None, 2.0)), ids=str)
 @pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.squares])
-def test_a_weight_s_codes_may_be_made_by_parts(name, decode):
+def test_a_weight_s_codes_may_be_made_by_parts(name, decode, amax):
     """Both of the weight from codes of its parts side by side, at the largest magnitude of all of them."""
-    x, how = sample("gaussian", (96, 64), FP32), choices(name, square=True, decode=decode)
+    x, how = sample("gaussian", (96, 64), FP32), choices(name, square=True, decode=decode, amax=amax)
     x[40] *= 3.0                                    # in one part alone
-    parts = [quantize(part, **how | {"amax": float(x.abs().max()), "decode": None}) for part in x.split(32)]
+    of_all = how | {"amax": x.abs().max() if amax is None else amax, "decode": None}
+    parts = [quantize(part, **of_all) for part in x.split(32)]
     q = parts[0]._replace(codes=torch.cat([part.codes for part in parts]),
                           scales=torch.cat([part.scales for part in parts]))
     want, got = quantize_both(x, how, how), nvfp4.both_of(q, **how)
     assert alike(got.rows, want.rows) and alike(got.columns, want.columns)
-    own = quantize(x[:32], **how | {"decode": None})                            # control: its own largest
+    own = quantize(x[:32], **how | {"amax": None, "decode": None})              # control: its own largest
     assert FORMATS[name].top is None or not same(own.scales, q.scales[:len(own.scales)])
 
 
