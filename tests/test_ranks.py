@@ -86,15 +86,17 @@ def test_codes_of_weights_are_gathered_not_weights(tiny, tmp_path, name, way, ti
     """times a step: zero2 once, fsdp for the forward and the backward.
 
     error   0, of weights, moments and metrics, to gathering fp32. A rank receives of each FP4 weight half a
-            byte a value and a byte for 256 of them, where it would receive 4 bytes a value
+            byte a value and a byte for 256 of them, where it would receive 4 bytes a value; what stands for
+            the whole weight takes no memory
     """
     n, settings, in_codes = FP4_WEIGHTS[name]
-    received = {}
+    received, kept = {}, {}
     gather = next(name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, name))
     for gathered in ("codes", "fp32"):
-        sizes, real, file = [], getattr(dist, gather), tmp_path / f"{gathered}.json"
+        sizes, memory, file = [], [], tmp_path / f"{gathered}.json"
+        real, current = getattr(dist, gather), nvfp4.FP4Linear.current_weight
 
-        def count(sizes=sizes, real=real, gathered=gathered, file=file):
+        def count(sizes=sizes, memory=memory, real=real, current=current, gathered=gathered, file=file):
             if gathered == "fp32":
                 train.Ranks.gather_codes = lambda self, model: 0
             if name == "swizzled scales":           # as a GPU with FP4 units has them
@@ -105,16 +107,22 @@ def test_codes_of_weights_are_gathered_not_weights(tiny, tmp_path, name, way, ti
                 sizes.append(output.numel() * output.itemsize)
                 return real(output, *args, **kwargs)
 
+            def current_weight(layer):
+                memory.append(layer.weight.untyped_storage().nbytes())
+                return current(layer)
+
             def write(run, step):
                 values = sum(layer.weight.numel() for layer in nvfp4.fp4_layers(run.model))
                 if run.ranks.first and step == 1:   # before step 0 zero2 has evaluated, and has the weights
-                    file.write_text(json.dumps([values, sum(sizes)]))
+                    file.write_text(json.dumps([values, sum(sizes), sum(memory)]))
             setattr(dist, gather, all_gather)
+            nvfp4.FP4Linear.current_weight = current_weight
             each_step(lambda run, step: sizes.clear(), write)
         assert ends_of(n, tiny(tmp_path / gathered, **settings, parallel=way), count) == [(0, "")] * n
-        values, received[gathered] = json.loads(file.read_text())
+        values, received[gathered], kept[gathered] = json.loads(file.read_text())
     assert differences(tmp_path / "codes", tmp_path / "fp32") == set()
     assert values > 0 and received["fp32"] > 4 * times * values
+    assert kept["fp32"] > 0 and (kept["codes"] == 0) == in_codes
     assert received["fp32"] - received["codes"] == in_codes * times * values * (4 - 1 / 2 - 1 / 256)
 
 
