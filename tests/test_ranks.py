@@ -72,11 +72,11 @@ def swizzled(q):
     return q._replace(scales=nvfp4.swizzle(q.scales, len(q.codes))) if packed else q
 
 
-FP4_WEIGHTS = {                                     # ranks, runs, whether a rank's rows are whole blocks
-    "ngpt": (2, TWO, True), "experts": (2, RUNS["hybrid"], True), "swizzled scales": (2, TWO, True),
-    "ngpt on four": (4, TWO | {"gradient_accumulation_steps": 4, "n_embd": 64}, True),
-    "measured scales": (2, TWO | {"arch": "gpt", "recipe": "nvfp4", "fp4_tail": 0}, True),
-    "ngpt on three": (3, TWO | {"gradient_accumulation_steps": 3}, False)}
+FP4_WEIGHTS = {                                     # ranks, run, FP4 layers, those cut into whole blocks
+    "ngpt": (2, TWO, 4, 4), "experts": (2, RUNS["hybrid"], 8, 7), "swizzled scales": (2, TWO, 4, 4),
+    "ngpt on four": (4, TWO | {"gradient_accumulation_steps": 4, "n_embd": 64}, 4, 4),
+    "measured scales": (2, TWO | {"arch": "gpt", "recipe": "nvfp4", "fp4_tail": 0}, 4, 4),
+    "ngpt on three": (3, TWO | {"gradient_accumulation_steps": 3}, 4, 1)}
 
 
 @pytest.mark.parametrize("way, times", [("zero2", 1), ("fsdp", 2)])
@@ -89,8 +89,8 @@ def test_codes_of_weights_are_gathered_not_weights(tiny, tmp_path, name, way, ti
             byte a value and a byte for 256 of them, where it would receive 4 bytes a value; what stands for
             the whole weight takes no memory
     """
-    n, settings, in_codes = FP4_WEIGHTS[name]
-    received, kept = {}, {}
+    n, settings, n_layers, n_codes = FP4_WEIGHTS[name]
+    found = {}
     gather = next(name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, name))
     for gathered in ("codes", "fp32"):
         sizes, memory, file = [], [], tmp_path / f"{gathered}.json"
@@ -112,18 +112,20 @@ def test_codes_of_weights_are_gathered_not_weights(tiny, tmp_path, name, way, ti
                 return current(layer)
 
             def write(run, step):
-                values = sum(layer.weight.numel() for layer in nvfp4.fp4_layers(run.model))
+                layers = nvfp4.fp4_layers(run.model)
+                values = [layer.weight.numel() for layer in layers if layer.codes is not None]
                 if run.ranks.first and step == 1:   # before step 0 zero2 has evaluated, and has the weights
-                    file.write_text(json.dumps([values, sum(sizes), sum(memory)]))
+                    file.write_text(json.dumps([len(layers), values, sum(sizes), memory.count(0)]))
             setattr(dist, gather, all_gather)
             nvfp4.FP4Linear.current_weight = current_weight
             each_step(lambda run, step: sizes.clear(), write)
         assert ends_of(n, tiny(tmp_path / gathered, **settings, parallel=way), count) == [(0, "")] * n
-        values, received[gathered], kept[gathered] = json.loads(file.read_text())
+        found[gathered] = json.loads(file.read_text())
     assert differences(tmp_path / "codes", tmp_path / "fp32") == set()
-    assert values > 0 and received["fp32"] > 4 * times * values
-    assert kept["fp32"] > 0 and (kept["codes"] == 0) == in_codes
-    assert received["fp32"] - received["codes"] == in_codes * times * values * (4 - 1 / 2 - 1 / 256)
+    (layers, values, codes, without_memory), (_, none, fp32, always) = found["codes"], found["fp32"]
+    assert (layers, len(values), none) == (n_layers, n_codes, [])
+    assert fp32 - codes == times * sum(values) * (4 - 1 / 2 - 1 / 256)
+    assert always == 0 < without_memory and without_memory % n_codes == 0
 
 
 def test_all_ranks_begin_with_the_first_one_s_weights(tiny, whole, tmp_path, monkeypatch):
