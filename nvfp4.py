@@ -1592,7 +1592,7 @@ def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
     maxima = None
     if wanted:
         maxima = torch.zeros(3, dtype=torch.int32, device=x.device)
-        with torch.cuda.device_of(x):
+        with torch.cuda.device_of(x):               # Triton launches on the current device, wherever x is
             _amax_kernel[grid](x, maxima, *signs, R, C, *(slot in wanted for slot in range(3)), TILE,
                                **QUANTIZE_OPTIONS)
     pointers, flags, results = [], [], []
@@ -1608,21 +1608,21 @@ def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
         padded = swizzles and (n_lines % 128 or n_blocks % 4)                   # with zeros
         scales = (x.new_zeros if padded else x.new_empty)(size, dtype=torch.uint8)
         amax = maxima.view(torch.float32)[slot] if fixed is None else fixed
-        amax = amax if torch.is_tensor(amax) else constant(float(amax), x.device)
+        number = not torch.is_tensor(amax)
+        amax = constant(float(amax), x.device) if number else amax
         s_dec = x.new_empty((), dtype=torch.float32)
         if how["decode"] is None:
             out = x.new_empty((n_lines, n_blocks), dtype=torch.int64)
             q = Quantized(out.view(torch.uint8), scales.view(form.scale_dtype), s_dec, form.name)
         else:
             out = x.new_empty((block * n_blocks if turned else R, C), dtype=how["decode"])
-            measured = fixed is None or torch.is_tensor(fixed)
-            known = s_dec if measured else given_s_dec(fixed, form.top, target)
+            known = given_s_dec(fixed, form.top, target) if number else s_dec
             q = Decoded(out.t() if turned else out, known)
         pointers += [out, scales, s_dec, amax, as_key(how["seed"], x.device) if stochastic else x, sign]
         flags.append((height, target, stochastic, sign is not x, how["decode"] is not None,
                       bool(ptx[stochastic]), swizzles))
         results.append(q)
-    with torch.cuda.device_of(x):                   # Triton launches on the current device, wherever x is
+    with torch.cuda.device_of(x):
         _quantize_kernel[grid](x, R, C, *pointers, *flags, TILE, **QUANTIZE_OPTIONS)
     return Both(*results)
 

@@ -143,9 +143,13 @@ class Ranks:
         """From now on gather codes of weights, where they will do, and no two layers share the weight.
         Returns how many these are."""
         uses = collections.Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-        layers = [(layer, layer.for_parts(self.world)) for layer in nvfp4.fp4_layers(model)]
-        found = [gather_codes(layer, how) for layer, how in layers if how and uses[id(layer.weight)] == 1]
-        return len(found)
+        n = 0
+        for layer in nvfp4.fp4_layers(model):
+            how = layer.for_parts(self.world)
+            if how and uses[id(layer.weight)] == 1:
+                gather_codes_of(layer, how)
+                n += 1
+        return n
 
     def agree(self, model):
         """Give all ranks the first one's weights: another CPU may draw others from the same seed."""
@@ -241,7 +245,7 @@ class Ranks:
             tensor.copy_(value)
 
 
-def gather_codes(layer, how):
+def gather_codes_of(layer, how):
     """Have fully_shard gather the codes of an FP4Linear's weight, not the weight. For autograd a whole weight
     stands there without memory; an evaluation in high precision, which needs its values, gathers those.
 
