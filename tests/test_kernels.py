@@ -42,7 +42,7 @@ SOFTWARE = (False, False)                           # rounding by PTX instructio
 
 
 def move(how, device):
-    return how and how | {name: how[name].to(device) for name in ("seed", "signs")
+    return how and how | {name: how[name].to(device) for name in ("seed", "signs", "amax")
                           if torch.is_tensor(how[name])}
 
 
@@ -108,6 +108,17 @@ def test_quantize_kernel_is_the_definition(kind, dtype, n):
         x = sample_of(kind, shape, dtype)
         want = quantize_both(x, rows, columns)
         assert all(map(agree, kernels(x, rows, columns), want)), (shape, rows, columns)
+
+
+@pytest.mark.parametrize("decode", (None, FP32), ids=str)
+def test_a_largest_magnitude_may_be_a_tensor(decode):
+    """As ranks have it that found it together: what the search finds, given."""
+    x, how = gaussian(48, 64), choices(decode=decode)
+    largest = x.abs().max()
+    searched, given, twice = (kernels(x, how | {"amax": amax}, None).rows
+                              for amax in (None, largest, 2 * largest))
+    assert agree(given, searched) and not agree(twice, searched)
+    assert agree(given, quantize_both(x, how | {"amax": largest}).rows)
 
 
 @pytest.mark.parametrize("decode", (None, FP32), ids=str)
