@@ -20,6 +20,7 @@ import re
 import shutil
 import warnings
 import zlib
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,7 +71,8 @@ class Ranks:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # others wait while the first one draws the weights: those of 30B take it longer than NCCL waits
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
         if self.sharded:
             self.files = dist.new_group(backend="gloo")         # checkpoints are written while training talks
 
@@ -124,20 +126,30 @@ class Ranks:
 
     # --- sharing a model
 
-    def split(self, model):
-        """Turn a model on the meta device into this rank's part of it, which has memory but no values yet:
-        fill() or restore() give it those."""
-        for block in model.blocks:
-            fully_shard(block, reshard_after_forward=self.parallel == "fsdp")
-        fully_shard(model).to_empty(device=self.device)
+    def place(self, model):
+        """Give a model on the meta device memory here: for all of it or, where ranks share it, for this rank's
+        part. It has no values yet: fill() or restore() gives it those."""
+        if self.sharded:
+            for block in model.blocks:
+                fully_shard(block, reshard_after_forward=self.parallel == "fsdp")
+            fully_shard(model)
+        model.to_empty(device=self.device)
         for buffer in model.buffers():
             buffer.zero_()
         return model
 
     def fill(self, model, whole):
-        """Hand out the weights of the whole model, which the first rank alone needs to have."""
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(model, whole.state_dict() if self.first else {}, options=options)
+        """Give all ranks the weights of the whole model, which the first rank alone needs to have: another
+        CPU may draw others from the same seed."""
+        if self.sharded:
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            set_model_state_dict(model, whole.state_dict() if self.first else {}, options=options)
+            return
+        if self.first:
+            model.load_state_dict(whole.state_dict())
+        if self.world > 1:
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0)
 
     def gather_codes(self, model):
         """From now on gather codes of weights, where they will do, and no two layers share the weight.
@@ -150,12 +162,6 @@ class Ranks:
                 gather_codes_of(layer, how)
                 n += 1
         return n
-
-    def agree(self, model):
-        """Give all ranks the first one's weights: another CPU may draw others from the same seed."""
-        if self.world > 1 and not self.sharded:
-            for tensor in model.state_dict().values():
-                dist.broadcast(tensor, 0)
 
     def before_backward(self, model, last):
         """Called before each micro-batch; last: of the step, until when zero2 keeps whole gradients."""

@@ -36,8 +36,8 @@ from data.run import (STOPPED, Log, Stop, UserError, catch_signals, command, fre
 from data.tokens import (Data, batch_at, keep_tokenizer, load_data, prepare_missing, train_starts,
                          unigram_loss, val_starts)
 from graphs import Graph, graph_of, why_no_graph
-from model import (ModelConfig, build, compile_blocks, count_parameters, first_model, flops_per_token,
-                   load_model, outline, rank_bytes, sample_text)
+from model import (ModelConfig, compile_blocks, count_parameters, first_model, flops_per_token, load_model,
+                   outline, rank_bytes, sample_text)
 from nvfp4 import RECIPES
 from papers import PaperConfig, gradient_to_noise
 from ranks import Ranks, local, not_finite, tensors_of
@@ -618,22 +618,17 @@ def set_up(c, after, stop):
 
 
 def make_model(c, ranks, tokenizer, report, begins):
-    """The converted model on its device. Where ranks share it: this rank's part, filled if the run begins."""
-    torch.manual_seed(c.seed)
-    first = ranks.once(first_model, c.model, c.init_from, tokenizer) if begins else None
+    """The converted model on its device, or this rank's part of it; with values if the run begins."""
+    model = ranks.place(nvfp4.convert(outline(c.model), c.fp4, report))
+    if begins:
+        torch.manual_seed(c.seed)
+        ranks.fill(model, ranks.once(first_model, c.model, c.init_from, tokenizer))
     if ranks.sharded:
-        model = ranks.split(nvfp4.convert(outline(c.model), c.fp4, report))
         if c.parallel == "fsdp":                    # FSDP frees a block's weights: so do we with 4-bit ones
             for block in model.blocks:
                 block.register_forward_hook(nvfp4.forget_weights, always_call=True)
-        if begins:
-            ranks.fill(model, first)                # the first rank hands them out
         n = ranks.gather_codes(model)
         report(f"ranks gather the codes of {n} of {len(nvfp4.fp4_layers(model))} FP4 weights")
-    else:
-        model = first or build(c.model)
-        model = nvfp4.convert(model.to(ranks.device), c.fp4, report)
-        ranks.agree(model)
     model.activation_checkpointing = c.activation_checkpointing
     return model
 

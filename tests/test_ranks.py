@@ -198,8 +198,8 @@ def test_parts_of_models_that_fit_no_rank(config, world):
     for rank in (0, world - 1):
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         here = train.Ranks("fsdp")
-        here.device = torch.device("meta")
-        model = here.split(nvfp4.convert(outline(c.model), c.fp4, report=lambda line: None))
+        here.device, here.sharded = torch.device("meta"), True
+        model = here.place(nvfp4.convert(outline(c.model), c.fp4, report=lambda line: None))
         torch.distributed.destroy_process_group()
         assert {name: p.shape for name, p in model.named_parameters()} == whole
         for p in model.parameters():

@@ -541,12 +541,15 @@ QUICK = ("gpt, all random", "hybrid")               # the others are of the same
 
 @pytest.mark.parametrize("kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.long)
                                             for kind in RUNS if kind not in QUICK)])
-def test_resume_is_bit_for_bit(tiny, goes_on, tmp_path, kind):
-    """In a new process: tests/test_ranks.py."""
+def test_resume_is_bit_for_bit(tiny, whole, goes_on, tmp_path, kind):
+    """In a new process: tests/test_ranks.py. It draws no weights: those of a billion take half a minute."""
+    whole(kind)
     train.main(tiny(tmp_path, **RUNS[kind], stop_at=5))
     assert saved_step(tmp_path) == 5
     torch.manual_seed(0)                            # of another process, or none at all
+    before = torch.get_rng_state()
     goes_on(tmp_path, kind)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("owner, name, wrong", [
