@@ -11,7 +11,8 @@ import nvfp4
 
 
 class Graph:
-    """work(run, idx, targets), forward and backward of a micro-batch, which returns its loss, captured.
+    """work(run, idx, targets), forward and backward of a micro-batch of a train.Run, which returns its loss,
+    captured.
 
     A replay uses the same memory each time: we copy tokens and random keys there, and gradients add up there.
     Weights are quantized once a step, by a graph of their own.
@@ -24,7 +25,7 @@ class Graph:
         self.keys = [m.keys.clone() for m in self.layers]
         self.drawn = None                           # seed and step in which the weights were quantized
         for m, keys in zip(self.layers, self.keys, strict=True):
-            m.keys = keys
+            m.keys = keys                           # kernels will read here; set_step() makes others
         for p in run.model.parameters():
             p.grad = torch.zeros_like(p)
         nvfp4.forget_weights(run.model)

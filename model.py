@@ -141,7 +141,7 @@ def rope(x, cos, sin):
 
 
 class Scale(nn.Module):
-    """A learned vector that starts at init, but is stored as stored: weight * (init / stored).
+    """A learned vector that starts at init, while its parameter starts at stored: weight * (init / stored).
 
     Adam moves every parameter by about the learning rate a step, whatever its size, so a small stored value
     makes the vector learn faster, by init / stored. source: 2410.01131 section 2.5
@@ -167,7 +167,7 @@ class Mixer(nn.Module):
             apart there is always a dict, with state["starts"] (B, n): for each of the n tokens so far, x
             included, the position at which its document began
     """
-    waits = False                                   # for numbers that a GPU finds; then no CUDA graph
+    waits = False                                   # whether forward() waits for a GPU; then no CUDA graph
 
     def reads(self):
         """[(weight, its axis along the residual stream), ...] of layers that read the stream."""
@@ -792,23 +792,17 @@ class NormalizedMoE(MoE):
     mlp = NormalizedMLP
 
 
-def hypersphere_step(h, f, a):
-    """unit(h + |a| (unit(f) - h)): a step from h towards f, back onto the sphere. h, f (..., C), a (C,).
-
-    h is left alone, as in 2410.01131. 2605.06067's code normalizes it once more: its norm being 1, that is
-    the same value and another gradient along h, seen by the embedding only, since the unit() of the step
-    before lets nothing along h through. torch.compile fuses it.
-    """
-    return unit(h + a.abs() * (unit(f.float()) - h))
-
-
 class HypersphereBlock(nn.Module):
     """h <- unit(h + |a| (unit(f(h)) - h)): a step from h towards the mixer's output, back onto the sphere.
 
     a is learned, one per channel, and starts at alpha_init: 2410.01131's 0.05 is meant for 20 layers and
     more, and "about 1 / layers" in general. The stream h has norm 1 before and after. Because f's output is
-    normalized, scaling its last GEMM's input changes nothing: normalize_inputs changes the range, not the
-    model. source: 2605.06067 appendix A
+    normalized, the norm of its last GEMM's input changes nothing: normalize_inputs changes the range, not the
+    model, but for experts, whose outputs are added up first. source: 2605.06067 appendix A
+
+    We leave h alone, as 2410.01131 does. 2605.06067's code normalizes it once more: its norm being 1, that is
+    the same value and another gradient along h, seen by the embedding only, since the unit() of the step
+    before lets nothing along h through.
     """
 
     def __init__(self, c, mixer):
@@ -817,7 +811,8 @@ class HypersphereBlock(nn.Module):
         self.alpha = Scale(c.n_embd, init=c.alpha_init, stored=c.init_std)
 
     def forward(self, h, state=None):
-        return hypersphere_step(h, self.mixer(h, state), self.alpha())
+        f = unit(self.mixer(h, state).float())
+        return unit(h + self.alpha().abs() * (f - h))
 
 
 class NGPT(GPT):
@@ -887,20 +882,17 @@ def training_bytes(model):
 
 
 def rank_bytes(parallel, model, n_ranks):
-    """Bytes of training_bytes() that one of n ranks holds; fewer where weights are gathered as codes.
+    """Bytes that one of n ranks holds of weights, gradients and moments; fewer where codes are gathered.
 
-    zero2   weights and gradients whole, 1/n of the two moments
-    fsdp    1/n of everything; but the largest block, embedding, head and last norm are there whole, as
-            weights and as gradients
+    zero2   1/n of everything, and weights and gradients whole
+    fsdp    1/n of everything, and weights and gradients of the largest block, embedding, head and last norm
     """
     state = training_bytes(model)
-    if parallel == "zero2":
-        return state / 2 + state / 2 / n_ranks
-    if parallel == "fsdp":
-        blocks = [training_bytes(block) for block in model.blocks]
-        whole = (max(blocks) + state - sum(blocks)) / 2
-        return whole + (state - whole) / n_ranks
-    return state
+    if parallel == "ddp" or n_ranks == 1:
+        return state
+    blocks = [training_bytes(block) for block in model.blocks]
+    whole = state if parallel == "zero2" else max(blocks) + state - sum(blocks)
+    return state / n_ranks + whole / 2
 
 
 def flops_per_token(model, T=None):

@@ -2,7 +2,8 @@
 
     1  The lesson          plain PyTorch, complete: rounding, scales, random bits, rotation, quantize, matmul,
                            the three GEMMs of a linear layer, recipes, the layer. You can stop after it.
-    2  The same, fast      one pass over memory on a CPU; Triton kernels and FP4 units on a GPU, bit for bit
+    2  The same, fast      one pass over memory on a CPU; Triton kernels and FP4 units on a GPU. Rounding is
+                           the same bit for bit, products are so up to the order of sums
 
 The lesson in one page
 ----------------------
@@ -97,8 +98,9 @@ except ImportError:                                 # the lesson runs on any dev
     triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=None)
 
 # ================================================================ 1 The lesson
-# Names that part 2 defines: fused(f, device) is f, compiled where that works. kernels_run(), native_way() and
-# decoded_dtype() ask for a GPU's units; a CPU has none. gemm(a, b, alpha, dtype) is alpha * a @ b^T.
+# Names that part 2 defines: fused(f, device) is f, compiled where that works. On a CPU kernels_run() is False
+# and native_way() None; what ends in _triton is for GPUs. gemm(a, b, alpha, dtype) is alpha * a @ b^T, of
+# operands in gemm_dtype(); decoded_dtype() is the same, or None where FP4 units take the codes.
 
 # ---------------------------------------------------------------- E2M1: rounding
 
@@ -157,15 +159,15 @@ def tensor_scales(amax, top=E4M3_MAX, target=E2M1_MAX):
 
 
 def block_amax(blocks):
-    """Largest magnitude of each block, fp32. x is cut to (M/h, h, K/block, block), so axes 1 and 3 span a
-    block; they stay, with length 1. They do so too where x is turned: (K/block, block, M/h, h)."""
+    """Largest magnitude of each block, fp32. x is cut to (M/h, h, K/block, block), with h rows a block: axes
+    1 and 3 span a block, and stay with length 1. So it is where x is transposed: (K/block, block, M/h, h)."""
     return blocks.float().abs().amax((1, 3), keepdim=True)
 
 
 def e4m3_scales(blocks, s_enc, target):
     """The scale of each block: e4m3(min(amax_b * (s_enc * (1 / target)), 448)), as fp32.
 
-    error   relative 1/16 at most (E4M3 has 3 mantissa bits) for scales from 2^-6, its smallest normal number
+    error   relative 1/17 at most (E4M3 has 3 mantissa bits) for scales from 2^-6, its smallest normal number
     source  2509.25149 appendix B; order of rounding as in TransformerEngine
     """
     amax_b = block_amax(blocks)
@@ -194,8 +196,8 @@ E2M1 = Grid(e2m1, e2m1_value)
 
 @dataclass(frozen=True)
 class Format:
-    """A 4-bit format: its grid, its blocks and how they find their scales. What is not given is NVFP4's. All
-    functions are compiled: they have no branches on values. Nothing outside of a Format knows its grid."""
+    """A 4-bit format: its grid, its blocks and how they find their scales. What is not given is NVFP4's. Its
+    functions may be compiled, so they have no branches on values."""
     name: str
     grid: Grid = E2M1
     block: int = 16                                 # values in a row that share a scale
@@ -308,6 +310,11 @@ def random_bytes(key, M, K, turned=False):
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 
 
+@functools.cache
+def as_signs(signs, device):
+    return torch.tensor(signs, dtype=torch.float32, device=device)
+
+
 def hadamard(x, signs=SIGNS):
     """Rotate x (M, K) in runs of n = len(signs), a power of two, along K: v -> (v * signs) H_n / sqrt(n),
     where H_1 = [1] and H_2n = [[H_n, H_n], [H_n, -H_n]].
@@ -367,8 +374,8 @@ class Quantized(NamedTuple):
         return decode(codes.reshape(M, K // b, b // 2), scale, form, dtype, 3).view(M, K)
 
     def scale_of_lines(self):
-        """fp32, for every line of a block: (M, K/block, 1), or one for every two values, (M, K/block,
-        block/2)."""
+        """Block scales, fp32, for each row of a block: (M, K/block, 1); where a format has one for every two
+        values, (M, K/block, block/2)."""
         form, scale = FORMATS[self.format], unswizzle(self.scales, *self.shape)
         scale = form.unpack_scale(scale) if form.unpack_scale else scale.float()[..., None]
         height = len(self.codes) // len(scale)
@@ -383,7 +390,8 @@ class Decoded(NamedTuple):
     """The same matrix with codes and scales multiplied out, for chips without FP4 units.
 
     values  code * scale (M, K), exact in bf16
-    s_dec   as of Quantized; from a GPU's kernels on the CPU where amax was given: no one waits for the GPU
+    s_dec   as in Quantized; where a GPU's kernels were given amax as a number, it is on the CPU, where we can
+            read it without waiting for the GPU
     """
     values: torch.Tensor
     s_dec: torch.Tensor
@@ -392,6 +400,14 @@ class Decoded(NamedTuple):
         return self.values.to(dtype)
 
     dequantize = Quantized.dequantize
+
+
+class Both(NamedTuple):
+    """A matrix (M, N) as an operand of two GEMMs: rows (M, N) for the one that sums over N, columns (N, M)
+    for the one that sums over M. Each is Quantized, Decoded or, where its GEMM stays in high precision, a
+    tensor."""
+    rows: Quantized | Decoded | torch.Tensor
+    columns: Quantized | Decoded | torch.Tensor
 
 
 def round_blocks(blocks, amax, key, form, target, decode, turned):
@@ -421,7 +437,7 @@ def round_blocks(blocks, amax, key, form, target, decode, turned):
     return torch.where(negative, -value, value).to(decode), scale, s_dec
 
 
-@torch.compiler.disable                             # fused with what is around it, its bits would be others
+@torch.compiler.disable                             # compiled with its caller, it would round otherwise
 def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=None, unbiased=False, signs=None,
              decode=None):
     """Quantize a matrix, in blocks along its last axis.
@@ -516,14 +532,6 @@ def check_size(name, size, of, what):
                          "with --fp4_skip")
 
 
-class Both(NamedTuple):
-    """A matrix (M, N) as an operand of two GEMMs: rows (M, N) for the one that sums over N, columns (N, M)
-    for the one that sums over M. Each is Quantized, Decoded or, where its GEMM stays in high precision, a
-    tensor."""
-    rows: Quantized | Decoded | torch.Tensor
-    columns: Quantized | Decoded | torch.Tensor
-
-
 @torch.compiler.disable
 def quantize_both(x, rows=None, columns=None):
     """x (M, N) for two GEMMs, quantized along its rows and along its columns; a GPU reads it once for both.
@@ -532,7 +540,7 @@ def quantize_both(x, rows=None, columns=None):
     returns         Both: of x and of x^T, filled up with zeros, which add nothing to a sum
     """
     rows, columns = (how and choices(**how) for how in (rows, columns))
-    if turned_over(rows, columns) and rows["decode"]:           # a weight is quantized once
+    if one_for_both(rows, columns) and rows["decode"]:           # a weight is quantized once
         q = quantize(x, **rows)
         return Both(q, q._replace(values=q.values.t()))
     wanted = [how for how in (rows, columns) if how]
@@ -542,7 +550,7 @@ def quantize_both(x, rows=None, columns=None):
     return Both(quantize(x, **rows) if rows else x, quantize(x_t, **columns) if columns else x_t)
 
 
-def turned_over(rows, columns):
+def one_for_both(rows, columns):
     """Whether the columns are the rows transposed: square blocks, rounded to nearest, not rotated."""
     if not (rows and columns and rows["square"]) or rows["stochastic"]:
         return False
@@ -551,7 +559,7 @@ def turned_over(rows, columns):
 
 def both_of(q, format, decode, amax=None, unbiased=False, **how):
     """Both of a matrix of square blocks from its codes q, for these arguments of quantize_both() on both
-    sides: what that gives where turned_over() holds."""
+    sides: what that gives where one_for_both() holds."""
     if decode is None:
         codes = torch.stack((q.codes & 15, q.codes >> 4), -1).flatten(1)
         return Both(q, q._replace(codes=pack(codes.t()).contiguous(), scales=q.scales.t().contiguous()))
@@ -573,40 +581,31 @@ def whole(how):
 
 
 # ---------------------------------------------------------------- matmul
-# A mixture of experts has E weights, (E, N, K), and each token uses a few of them. Tokens are sorted by
-# expert and quantized as one matrix, and so is w, as (E N, K); only products are made expert by expert. ends
-# (E,) says where each expert's tokens end. An ordinary layer has ends = None: grouped() is its one product.
 
 @torch.compiler.disable
 def matmul(a, b, dtype=torch.float32, ends=None):
     """a (M, K) @ b (N, K)^T -> (M, N) in dtype; both quantized, or both in high precision.
 
-    ends    (E,) int32: a product for each of E experts, see grouped()
-    error   the order of fp32 accumulation only: 1e-5 relative to float64, test_matmul_is_exact_products
+    ends    (E,) int32: a product for each of E experts, see grouped(). None: one product, gemm()
+    error   the order of fp32 accumulation only: 1e-5 relative to float64, test_matmul_is_exact_products. Of
+            experts on a GPU one more rounding, to bf16
     """
     if torch.is_tensor(a):
         return grouped(F.linear, a, b.to(a.dtype), ends).to(dtype)              # w may be an fp32 master
     way = native_way(a, b) if ends is None else None                            # FP4 units, where there are
     if way is not None:
-        return way.matmul(*a[:3], *b[:3], dtype)
+        return way.matmul(a, b, dtype)
     exact = gemm_dtype(a[0].device, dtype)
     left, right = a.decode(exact), b.decode(exact)
     if a.s_dec.dim() or b.s_dec.dim():              # a scale for each row: for each element of the result
-        y = grouped(lambda a, b: gemm(a, b, None, torch.float32), left, right, ends)
+        y = gemms(left, right, None, torch.float32, ends)
         return (y * scales_of_product(a.s_dec, b.s_dec, ends)).to(dtype)
-    alpha = a.s_dec * b.s_dec
-    if ends is not None and left.is_cuda and dtype == torch.bfloat16 and right.dim() == 3:
-        return scale_result(grouped(F.linear, left, right, ends), alpha, dtype)
-    return grouped(lambda a, b: gemm(a, b, alpha, dtype), left, right, ends)
+    return gemms(left, right, a.s_dec * b.s_dec, dtype, ends)
 
 
-def scales_of_product(a, b, ends):
-    """What each element of a product is multiplied by, of the s_dec of its operands: a () or (M, 1), b () or
-    (N, 1), of experts' weights (E, N, 1)."""
-    if b.dim() < 3:
-        return a * b.t()
-    return grouped(lambda a, b: a * b.mT, a if a.dim() else a.expand(int(ends[-1]), 1), b, ends)
-
+# A mixture of experts has E weights, (E, N, K), and each token uses a few of them. Tokens are sorted by
+# expert and quantized as one matrix, and so is w, as (E N, K); only products are made expert by expert. ends
+# (E,) says where each expert's tokens end.
 
 EXPERT_TOKENS = 32                                  # an expert's tokens begin at a multiple of it: no block
                                                     # is to have tokens of two
@@ -630,6 +629,21 @@ def grouped(product, a, b, ends):
     if b.dim() == 3:
         return torch.cat([product(a[i:j], b_e) for b_e, (i, j) in zip(b, spans, strict=True)])
     return torch.stack([product(a[:, i:j], b[:, i:j]) for i, j in spans])
+
+
+def gemms(a, b, alpha, dtype, ends):
+    """gemm(), or one for each expert."""
+    if ends is not None and a.is_cuda and dtype == torch.bfloat16 and b.dim() == 3:
+        return scale_result(grouped(F.linear, a, b, ends), alpha, dtype)        # torch's has no alpha
+    return grouped(lambda a, b: gemm(a, b, alpha, dtype), a, b, ends)
+
+
+def scales_of_product(a, b, ends):
+    """What each element of a product is multiplied by, of the s_dec of its operands: a () or (M, 1), b () or
+    (N, 1), of experts' weights (E, N, 1)."""
+    if b.dim() < 3:
+        return a * b.t()
+    return grouped(lambda a, b: a * b.mT, a if a.dim() else a.expand(int(ends[-1]), 1), b, ends)
 
 
 # ---------------------------------------------------------------- the three GEMMs of a linear layer
@@ -658,8 +672,8 @@ def dgrad(dy, w, dtype, ends=None):
 
 
 def wgrad(dy, x, dtype, ends=None):
-    """dw = dy^T x (N, K): sums over M, the tokens. The result is fp32, like the master weight, because
-    micro-batches and ranks are added up.
+    """dw = dy^T x (N, K): sums over M, the tokens. The result has the master weight's dtype, fp32, because
+    micro-batches and ranks are added up; out of FP4 the GEMM rounds it to dy's first.
 
     dy.columns  (N, M)   wgrad.dy   stochastic; NVIDIA: rotated
     x.columns   (K, M)   wgrad.x    nearest; NVIDIA: rotated by the same signs; nGPT: amax = 1
@@ -669,8 +683,8 @@ def wgrad(dy, x, dtype, ends=None):
 
 # ---------------------------------------------------------------- recipes
 
-# Names of linear layers that stay in high precision in every recipe, as globs: output heads and routers, by
-# the names that models give them. Whatever a model calls its head by another name, fp4_skip adds.
+# Linear layers that stay in high precision in every recipe: output heads and routers, by the names that most
+# models give them, as globs. fp4_skip adds others.
 HIGH_PRECISION = "head", "lm_head", "*.lm_head", "*router*", "gate", "*.gate"
 
 
@@ -682,12 +696,12 @@ class FP4Config:
     hadamard: tuple[str, ...] = ()                  # GEMMs whose operands are rotated along the summed axis
     square_weights: bool = True                     # square blocks: one quantized weight for fprop and dgrad
     input_amax: float | None = None                 # fixed tensor scale of activations; None: measured
-    weight_amax: float | None = None                # the same for weights
-    grad_amax: float | None = None                  # the same for output gradients
-    until: float | None = None                      # part of training after which GEMMs leave FP4; None: none
-    switched: tuple[str, ...] = GEMMS               # the GEMMs that do
-    head_blocks: int = 0                            # first blocks of the model kept in high precision
-    tail: float = 0.0                               # last fraction of its blocks kept in high precision
+    weight_amax: float | None = None                # fixed tensor scale of weights; None: measured
+    grad_amax: float | None = None                  # fixed tensor scale of output gradients; None: measured
+    until: float | None = None                      # part of training that runs in FP4; None: all of it
+    switched: tuple[str, ...] = GEMMS               # GEMMs that leave FP4 at fp4_until
+    head_blocks: int = 0                            # first blocks of the model, kept in high precision
+    tail: float = 0.0                               # last fraction of the blocks, kept in high precision
     skip: tuple[str, ...] = ()                      # more names than HIGH_PRECISION, as globs
 
     def __post_init__(self):
@@ -704,45 +718,14 @@ class FP4Config:
             raise ValueError(f"fp4_head_blocks={self.head_blocks} must be >= 0")
         FORMATS[self.format].shape_of(self.square_weights)
 
-    def format_of(self, name):
-        """The format of one of OPERANDS. papers.py has recipes where it is not the same for all."""
-        return self.format
-
-    def signs_of(self, gemm_name, keys):
-        """The signs of a GEMM's rotation, the same for both its operands. In papers.py GEMMs differ."""
-        return as_signs(SIGNS, keys.device)
-
-    @property
-    def whole_channels(self):
-        """What a layer's N is filled up to a multiple of, because dgrad sums over it."""
-        return FORMATS[self.format].block
-
-    @property
-    def active(self):
-        """Whether a layer does anything else than nn.Linear."""
-        return bool(self.gemms)
-
-    @property
-    def layer(self):
-        """The class of the layers that convert() makes."""
-        return FP4Linear
-
-    def remarks(self, name):
-        """Words for what papers.py does to one of OPERANDS beside what operand() says."""
-        return []
-
-    def without(self, gemms):
-        """The same recipe with these GEMMs in high precision."""
-        return replace(self, gemms=tuple(name for name in self.gemms if name not in gemms))
-
     def operand(self, name, keys, result=None, experts=False):
         """What the recipe gives one of OPERANDS: arguments of quantize(), or None where that GEMM stays in
         high precision.
 
         keys    (6, 2) int64, layer_keys()
-        result  dtype of the GEMM's result. Without FP4 units the operand is Decoded, so that the GEMM can
-                start at once. None: the operand stays packed, because it is kept until the backward
-        experts whether it is a grouped GEMM, which takes no packed operands here
+        result  dtype of the GEMM's result. Without FP4 units the operand is Decoded at once, for that GEMM.
+                None: it stays packed, because the backward uses it
+        experts whether it is a grouped GEMM: FP4 units have none here, and so it is Decoded at once, too
         """
         gemm_name, matrix = name.split(".")
         if gemm_name not in self.gemms:
@@ -765,6 +748,39 @@ class FP4Config:
                              f"at most, not {whole(for_wgrad)}, where there are experts: wgrad would mix the "
                              "tokens of two; or leave them out with --fp4_skip")
 
+    def without(self, gemms):
+        """The same recipe with these GEMMs in high precision."""
+        return replace(self, gemms=tuple(name for name in self.gemms if name not in gemms))
+
+    # --- recipes of other papers say otherwise: papers.py
+
+    def format_of(self, name):
+        """The format of one of OPERANDS."""
+        return self.format
+
+    def signs_of(self, gemm_name, keys):
+        """The signs of a GEMM's rotation, the same for both its operands."""
+        return as_signs(SIGNS, keys.device)
+
+    @property
+    def whole_channels(self):
+        """What a layer's N is filled up to a multiple of, because dgrad sums over it."""
+        return FORMATS[self.format].block
+
+    @property
+    def active(self):
+        """Whether a layer does anything else than nn.Linear."""
+        return bool(self.gemms)
+
+    @property
+    def layer(self):
+        """The class of the layers that convert() makes."""
+        return FP4Linear
+
+    def remarks(self, name):
+        """Words for all that one of OPERANDS gets beside what operand() says."""
+        return []
+
 
 def check_words(cfg, **allowed):
     """raises ValueError where a field of cfg is not, or does not consist of, what is allowed."""
@@ -775,11 +791,6 @@ def check_words(cfg, **allowed):
                 raise ValueError(f"fp4_{name}={word} must be of {', '.join(map(str, words))}")
 
 
-@functools.cache
-def as_signs(signs, device):
-    return torch.tensor(signs, dtype=torch.float32, device=device)
-
-
 RECIPES = {                                         # papers.py has more
     "bf16": FP4Config(gemms=()),
     # Both of the next keep the defaults: square weights, and stochastic rounding of gradients alone.
@@ -787,7 +798,7 @@ RECIPES = {                                         # papers.py has more
     # that no element exceeds 1; gradients have no such bound and keep their measured scale, as in the paper's
     # released scripts.
     "ngpt": FP4Config(input_amax=1.0, weight_amax=1.0),
-    # 2509.25149 section 4: rotated wgrad operands, the last 15 % of layers in BF16. The measured scale of an
+    # 2509.25149 section 4: rotated wgrad operands, the last 15 % of blocks in BF16. The measured scale of an
     # activation looks at all its tokens, so that a token's output depends, in the last bits, on the tokens
     # after it; the fixed scale of "ngpt" does not.
     "nvfp4": FP4Config(hadamard=("wgrad",), tail=0.15),
@@ -870,8 +881,8 @@ class FP4Linear(torch.nn.Linear):
         self.plain = vars(linear).get("plain", type(linear))        # the class that it was
         self.codes = None                           # the weight quantized by parts, where ranks share it
         self.quantized = None                       # the weight as Both
-        self.seen = None                            # of which weight, contents, recipe and step that is
-        self.drawn = None                           # (seed, step) that the keys belong to; None: to no step
+        self.seen = None                            # the weight, contents, recipe and step it was made of
+        self.drawn = None                           # (seed, step) of the keys; None until set_step()
         self.cfg, self.index = cfg, index           # index: which linear layer, for the random stream
         # no buffer: DistributedDataParallel would overwrite it with the first rank's
         self.keys = layer_keys(0, 0, 0, index)
@@ -886,7 +897,7 @@ class FP4Linear(torch.nn.Linear):
             vars(self).pop(name, None)
 
     def train(self, mode=True):
-        """An evaluation looks at the weight anew: weight.data.copy_(), of an average, moves no counter."""
+        """Forget the quantized weight: weight.data.copy_(), as averaging does, moves no version counter."""
         self.quantized = None
         return super().train(mode)
 
@@ -903,7 +914,7 @@ class FP4Linear(torch.nn.Linear):
         """
         (rows, columns), shape, block = self.weight_operands(), self.weight.shape, self.cfg.whole_channels
         fits = shape[0] % n == 0 and shape[:-1].numel() // n % block == 0 and self.out_features % block == 0
-        if fits and self.cfg.until is None and turned_over(rows, columns):
+        if fits and self.cfg.until is None and one_for_both(rows, columns):
             return rows | {"decode": None}
         return None
 
@@ -942,8 +953,7 @@ class FP4Linear(torch.nn.Linear):
             self.quantized, self.seen = self.quantize_weight(), (w, version)
         return self.quantized
 
-    # torch.compile does not look into a layer; it compiles what lies between two of them. A step takes no
-    # longer than with the layer as operators inside of the graph, and half as many graphs are compiled.
+    # torch.compile does not look into a layer; it compiles the code between two of them.
     @torch.compiler.disable
     def forward(self, x, ends=None):
         if not self.cfg.active or x.numel() == 0:
@@ -954,7 +964,7 @@ class FP4Linear(torch.nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
-            w = self.weight if torch.is_grad_enabled() else self.weight.detach()    # else dw is prepared for
+            w = self.weight if torch.is_grad_enabled() else self.weight.detach()    # x would be kept for dw
             y = self.function.apply(x.reshape(-1, self.in_features), w, self.current_weight(), self.keys,
                                     self.cfg, ends)
             y = y.view(*x.shape[:-1], self.out_features)
@@ -1034,8 +1044,9 @@ def is_plain(linear):
 def convert(model, cfg, report=print):
     """Turn the model's nn.Linear layers into FP4Linear, in place, where the policy of cfg lets them.
 
-    A layer stays the same object: parameters, hooks, mode and attributes are kept. A second call undoes the
-    first. Blocks are numbered by the first number in a layer's name (blocks.7.mixer.out is in block 7).
+    A layer stays the same object: parameters, hooks, mode and attributes are kept. A second call replaces the
+    recipe of the first, and RECIPES["bf16"] undoes it. Blocks are numbered by the first number in a layer's
+    name (blocks.7.mixer.out is in block 7).
     Prints one line: how many were converted, and which were not and why. raises ValueError, naming the layer
     whose size does not fit; then nothing is converted
     """
@@ -1048,7 +1059,7 @@ def convert(model, cfg, report=print):
     linears = {WRAPPERS.sub("", name): m for name, m in linears.items()}
     if "" in linears:
         raise ValueError("the model is itself a linear layer; use cfg.layer(model, cfg)")
-    if not cfg.gemms:
+    if not cfg.active:
         report(f"converted 0/{len(linears)} linears: no GEMM is set to run in FP4")
         return model
     found = {name: re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in linears}
@@ -1076,7 +1087,8 @@ def convert(model, cfg, report=print):
                 raise ValueError(f"{name}: {error}") from None
     for linear, made in converted.items():
         linear.__class__, linear.__dict__ = type(made), vars(made)
-    line = f"converted {len(converted)}/{len(linears)} linears to {cfg.format} ({','.join(cfg.gemms)})"
+    gemms = ",".join(cfg.gemms) or "no GEMM"
+    line = f"converted {len(converted)}/{len(linears)} linears to {cfg.format} ({gemms})"
     for why, names in kept.items():
         line += f"; {why}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} in high precision"
     for glob in cfg.skip:
@@ -1728,14 +1740,14 @@ NATIVE_BLOCK = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128}
 NATIVE_OPTIONS = {"num_warps": 8, "num_stages": 2}
 
 
-def matmul_dot_scaled(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
+def matmul_dot_scaled(a, b, dtype):
     """matmul() of codes by the FP4 units of sm_100, sm_103 and sm_120."""
-    (M, K), N = (a.shape[0], 2 * a.shape[1]), b.shape[0]
-    y = torch.empty((M, N), dtype=dtype, device=a.device)
+    (M, K), (N, _) = a.shape, b.shape
+    y = a.codes.new_empty((M, N), dtype=dtype)
     grid = (triton.cdiv(M, NATIVE_BLOCK["BLOCK_M"]) * triton.cdiv(N, NATIVE_BLOCK["BLOCK_N"]),)
-    with torch.cuda.device_of(a):
-        _matmul_native_kernel[grid](a.contiguous(), swizzle(a_scales, M), a_s_dec, b.contiguous(),
-                                    swizzle(b_scales, N), b_s_dec, y, M, N, K, **NATIVE_BLOCK,
+    with torch.cuda.device_of(y):
+        _matmul_native_kernel[grid](a.codes.contiguous(), swizzle(a.scales, M), a.s_dec, b.codes.contiguous(),
+                                    swizzle(b.scales, N), b.s_dec, y, M, N, K, **NATIVE_BLOCK,
                                     **NATIVE_OPTIONS)
     return y
 
@@ -1743,18 +1755,17 @@ def matmul_dot_scaled(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
 SERVED = {}                                         # torch keeps the alpha of scaled_mm in one GPU's memory
 
 
-def matmul_scaled_mm(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
+def matmul_scaled_mm(a, b, dtype):
     """matmul() of codes by torch's own block-scaled matmul (cuBLAS), where the installed torch offers it."""
     from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
-    if SERVED.setdefault("scaled_mm", a.device) != a.device:
+    if SERVED.setdefault("scaled_mm", a.codes.device) != a.codes.device:
         raise RuntimeError(f"torch's scaled_mm serves one GPU of a process, here {SERVED['scaled_mm']}; "
                            "torchrun gives each GPU a process")
     scaling = [ScalingType.BlockWise1x16, ScalingType.TensorWise]
     order = [SwizzleType.SWIZZLE_32_4_4, SwizzleType.NO_SWIZZLE]
-    a, b = (t.contiguous().view(torch.float4_e2m1fn_x2) for t in (a, b))
-    return scaled_mm(a, b.t(), [swizzle(a_scales, a.shape[0]).flatten(), a_s_dec], scaling,
-                     [swizzle(b_scales, b.shape[0]).flatten(), b_s_dec], scaling, order, order,
-                     output_dtype=dtype)
+    left, right = (q.codes.contiguous().view(torch.float4_e2m1fn_x2) for q in (a, b))
+    a_scales, b_scales = ([swizzle(q.scales, len(q.codes)).flatten(), q.s_dec] for q in (a, b))
+    return scaled_mm(left, right.t(), a_scales, scaling, b_scales, scaling, order, order, output_dtype=dtype)
 
 
 # ---------------------------------------------------------------- what the chip can do
@@ -1823,10 +1834,10 @@ def hardware(device):
             a, b = quantize(x[:96, :K], square=True), quantize(x[-n:, :K])
             if not way.takes(a, b):
                 continue
-            args = [t.to(device) for q in (a, b) for t in (q.codes, q.scales, q.s_dec)]
+            there = [Quantized(*(t.to(device) for t in q[:3])) for q in (a, b)]
             a, b = a.dequantize().double(), b.dequantize().double()
             for dtype, rounding in ((torch.bfloat16, 2**-8), (torch.float32, 0)):
-                error = (way.matmul(*args, dtype).cpu().double() - a @ b.T).abs()
+                error = (way.matmul(*there, dtype).cpu().double() - a @ b.T).abs()
                 bound = K * ACCUMULATION_ERROR * (a.abs() @ b.abs().T) + rounding * (a @ b.T).abs()
                 if not bool((error <= bound).all()):
                     return False

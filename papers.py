@@ -259,7 +259,7 @@ def e5m2(dy):
 class PaperConfig(FP4Config):
     backward_format: str | None = None              # of dy, and of wgrad's x; None: format
     hadamard_size: int = 16                         # of the rotation: runs of 16, 32 or 128
-    hadamard_signs: str = "fixed"                   # of the rotation: fixed, none (all +1), fresh (each step)
+    hadamard_signs: str = "fixed"                   # of the rotation: fixed, none (all +1), fresh (drawn)
     reuse_codes: bool = False                       # dgrad's w and wgrad's x are what fprop's codes stand for
     dge_k: float | None = None                      # gradient estimator of weights: exponent, 5; None: off
     occ: float | None = None                        # clamp a token's outliers: quantile, 0.99; None: off
@@ -291,9 +291,10 @@ class PaperConfig(FP4Config):
     def remarks(self, name):
         if name in [f"{gemm_name}.dy" for gemm_name in self.e5m2]:
             return ["FP8 E5M2"]
-        of_codes = ["of fprop's codes"] * (self.reuse_codes and name in ("dgrad.w", "wgrad.x"))
-        high = name.split(".")[0] not in self.gemms
-        return ["high precision"] * (high and bool(of_codes)) + of_codes
+        if not self.reuse_codes or name not in ("dgrad.w", "wgrad.x"):
+            return []
+        in_fp4 = name.split(".")[0] in self.gemms
+        return ["of fprop's codes"] if in_fp4 else ["high precision", "of fprop's codes"]
 
     def without(self, gemms):
         return replace(super().without(gemms), e5m2=tuple(name for name in self.e5m2 if name not in gemms))
@@ -305,9 +306,9 @@ class PaperConfig(FP4Config):
         return self.backward_format or self.format
 
     def signs_of(self, gemm_name, keys):
-        """Fixed ones of another size than SIGNS are drawn too, with the key 0."""
+        """Fixed signs of another size than SIGNS are drawn too, with the key 0."""
         size = self.hadamard_size
-        if self.hadamard_signs == "fresh":          # the key of w, for a whole step, or of dy
+        if self.hadamard_signs == "fresh":          # w's key is another each step, dy's each micro-batch
             return drawn_signs(keys[OPERANDS.index("wgrad.dy" if gemm_name == "wgrad" else f"{gemm_name}.w")],
                                size)
         if self.hadamard_signs == "none":

@@ -127,8 +127,8 @@ class Ranks:
     # --- sharing a model
 
     def place(self, model):
-        """Give a model on the meta device memory here: for all of it or, where ranks share it, for this rank's
-        part. It has no values yet: fill() or restore() gives it those."""
+        """Give a model on the meta device memory here, for all of it or, where ranks share it, for this
+        rank's part. It has no values yet: fill() or restore() gives it those."""
         if self.sharded:
             for block in model.blocks:
                 fully_shard(block, reshard_after_forward=self.parallel == "fsdp")
@@ -164,7 +164,8 @@ class Ranks:
         return n
 
     def before_backward(self, model, last):
-        """Called before each micro-batch; last: of the step, until when zero2 keeps whole gradients."""
+        """Called before each micro-batch; last: whether it is the step's last one. Until then zero2 keeps
+        whole weights and gradients."""
         if self.sharded and self.parallel == "zero2":
             model.set_requires_gradient_sync(last)
             model.set_reshard_after_backward(last)
@@ -257,8 +258,8 @@ def gather_codes_of(layer, how):
 
     how     arguments of quantize() for the rows of one rank
     """
-    part, format = layer.weight, how["format"]      # fully_shard puts a whole one in its place, and asks
-    mine = part._local_tensor                       # this very object how to make that; local() gives views
+    part, format = layer.weight, how["format"]      # fully_shard will put the whole one in its place
+    mine = part._local_tensor                       # it looks for hooks on this object: local() gives views
 
     def before(mesh, size, stride, module, policy):
         rows, amax = mine.flatten(0, -2), how["amax"]

@@ -188,7 +188,7 @@ class Diverged(UserError):
 @dataclass
 class Run:
     """A run: all that the loop reads and changes."""
-    c: Config                                       # with the vocab_size of the dataset filled in
+    c: Config                                       # with what the data and a checkpoint decide filled in
     ranks: Ranks
     device: torch.device
     dtype: torch.dtype                              # of the activations

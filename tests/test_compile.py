@@ -93,8 +93,9 @@ class Compiled:
         return in_graphs | {Path(m.co_filename).name for m in get_compilation_metrics() if m.co_filename}
 
 
-# Four graphs: what lies between attention's two linear layers, what lies between an MLP's, hypersphere_step,
-# which both share, and the loss. The other frames are those in front of a linear layer, with nothing in them.
+# Four graphs: what lies between attention's two linear layers, what lies between an MLP's, the step on the
+# sphere, which both share, and the loss. The other frames lie in front of a linear layer, with nothing in
+# them.
 @pytest.mark.usefixtures("unfused")
 @pytest.mark.parametrize("pattern, frames, graphs", (
     ("*-*-", 8, 4), pytest.param("*-", 8, 4, marks=pytest.mark.long),

@@ -602,12 +602,11 @@ def test_a_run_on_a_gpu_is_the_definition_s(recipe, dtype, chips, pattern, steps
             return function(*args, **kwargs)
         monkeypatch.setattr(nvfp4, name, run)
 
-    def way(a, a_scales, a_s_dec, b, b_scales, b_s_dec, y_dtype):
+    def way(a, b, y_dtype):
         calls["way"] += 1
-        assert a_scales.dim() == b_scales.dim() == 5                            # swizzled by the kernels
-        exact = nvfp4.gemm_dtype(a.device, y_dtype)
-        a, b = Quantized(a, a_scales, a_s_dec), Quantized(b, b_scales, b_s_dec)
-        return nvfp4.gemm(a.decode(exact), b.decode(exact), a_s_dec * b_s_dec, y_dtype)
+        assert a.scales.dim() == b.scales.dim() == 5                            # swizzled by the kernels
+        exact = nvfp4.gemm_dtype(a.codes.device, y_dtype)
+        return nvfp4.gemm(a.decode(exact), b.decode(exact), a.s_dec * b.s_dec, y_dtype)
 
     def rows(name, **changes):
         settings = {"arch": "ngpt" if recipe == "ngpt" else "gpt", "recipe": recipe, "dtype": dtype,
