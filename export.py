@@ -137,7 +137,7 @@ def quantize(layer):
     if form is None or not form.reads_as_nvfp4 or how["signs"] is not None or layer.cfg.occ is not None:
         raise UserError("--packed: the forward of this recipe is not plain NVFP4; leave it out")
     amax = nvfp4.largest_magnitude(rows) if how["amax"] is None else torch.tensor(how["amax"])
-    s_enc, _ = nvfp4.tensor_scales(amax, form.top, form.target_of(how["unbiased"]))
+    s_enc, _ = nvfp4.tensor_scales(amax, form.top, form.target)
     return nvfp4.quantize(rows, **how), s_enc
 
 

@@ -181,10 +181,6 @@ def encode_scale(scale, s_dec):
     return torch.clamp((scale * s_dec).reciprocal(), max=FLT_MAX)
 
 
-UNBIASED = E2M1_MAX * 16 / 17                       # a target from which no element exceeds 6: E4M3 rounds a
-                                                    # scale down by 1/17 at most. See Format.target_of()
-
-
 class Grid(NamedTuple):
     """The eight magnitudes that codes 0..7 stand for."""
     round: Callable                                 # magnitudes, random bytes -> values, codes
@@ -204,7 +200,6 @@ class Format:
     # how a block finds its scale
     top: float | None = E4M3_MAX                    # largest block scale of a tensor; None: no tensor scale
     target: float = E2M1_MAX                        # where the largest magnitude of a block lands
-    target_unbiased: float | None = UNBIASED        # a lower one, from which nothing saturates; None: none
     scales: Callable = e4m3_scales                  # blocks, s_enc, target -> scale
     encode_scale: Callable = encode_scale           # scale, s_dec -> what x is multiplied by
     correct: Callable | None = None                 # what becomes of scales once codes are known (papers.py)
@@ -233,13 +228,6 @@ class Format:
         if square and not self.squares:
             raise ValueError(f"square: {self.name} has no square blocks; set fp4_square_weights=False")
         return (self.block if square else 1), self.block
-
-    def target_of(self, unbiased):
-        """Where a block's largest magnitude is to land. A scale that is rounded down takes it beyond, where
-        it is cut off, and stochastic rounding is then too small on average: unbiased aims lower."""
-        if unbiased and self.target_unbiased is None:
-            raise ValueError(f"unbiased=True: {self.name} saturates at any target; leave it out")
-        return self.target_unbiased if unbiased else self.target
 
 
 FORMATS = {"nvfp4": Format("nvfp4", reads_as_nvfp4=True, kernels=True)}         # papers.py has more
@@ -410,7 +398,7 @@ class Both(NamedTuple):
     columns: Quantized | Decoded | torch.Tensor
 
 
-def round_blocks(blocks, amax, key, form, target, decode, turned):
+def round_blocks(blocks, amax, key, form, decode, turned):
     """The arithmetic of quantize(), to be fused into one pass over memory.
 
     blocks  (M/h, h, K/block, block) of a matrix x (M, K), or (K/block, block, M/h, h) of one that lies turned
@@ -420,8 +408,8 @@ def round_blocks(blocks, amax, key, form, target, decode, turned):
             block, fp32, and s_dec
     """
     x = blocks.float()
-    s_enc, s_dec = tensor_scales(amax, form.top, target)
-    scale = form.scales(x, s_enc, target)
+    s_enc, s_dec = tensor_scales(amax, form.top, form.target)
+    scale = form.scales(x, s_enc, form.target)
     a = x.abs() * form.encode_scale(scale, s_dec)
     random = None
     if key is not None:
@@ -438,8 +426,7 @@ def round_blocks(blocks, amax, key, form, target, decode, turned):
 
 
 @torch.compiler.disable                             # compiled with its caller, it would round otherwise
-def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=None, unbiased=False, signs=None,
-             decode=None):
+def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=None, signs=None, decode=None):
     """Quantize a matrix, in blocks along its last axis.
 
     x           (M, K) bf16, fp16 or fp32; K a multiple of the block (for square blocks M too)
@@ -448,21 +435,19 @@ def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=Non
     stochastic  round stochastically with the key seed: a 64-bit integer, or its two words as (2,) int64
     amax        a number, or () fp32, skips the search for the largest magnitude, which fixes the tensor
                 scale; what exceeds it saturates
-    unbiased    leave room for the rounding of the scale, so that stochastic rounding never saturates
     signs       (n,): rotate first in runs of n, by hadamard()
     decode      a dtype: give Decoded in it instead of codes
     returns     Quantized or Decoded
     error       mean square on unit Gaussians in nvfp4 9.0e-3 (nearest, 1x16), 12.4e-3 (16x16), 18.8e-3
-                (stochastic), 23.5e-3 (stochastic, unbiased): tests/test_nvfp4.py, test_gaussian_mse
+                (stochastic): tests/test_nvfp4.py, test_gaussian_mse
     source      2509.25149 appendix B
     raises      ValueError for a shape that does not divide into blocks
     """
     form, x = FORMATS[format], x.detach()
     height, width = form.shape_of(square)
-    target = form.target_of(unbiased)
     check_matrix(x, height, width, format)
     if kernels_run(x.device, form, signs):
-        how = choices(format, square, stochastic, seed, amax, unbiased, signs, decode)
+        how = choices(format, square, stochastic, seed, amax, signs, decode)
         both = quantize_both_triton(x.t(), None, how) if is_turned(x) else quantize_both_triton(x, how, None)
         return both.columns if is_turned(x) else both.rows
     if signs is not None:
@@ -477,7 +462,7 @@ def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=Non
     key = as_key(seed, x.device) if stochastic else None
     cut = (K // width, width, M // height, height) if turned else (M // height, height, K // width, width)
     codes, scale, s_dec = fused(round_blocks, x.device)((x.t() if turned else x).reshape(cut), amax, key,
-                                                        form, target, decode, turned)
+                                                        form, decode, turned)
     codes = codes.view(K, M).t() if turned else codes.view(M, K)
     s_dec = s_dec.view(M, 1) if s_dec.dim() else s_dec
     if decode is not None:
@@ -487,11 +472,10 @@ def quantize(x, format="nvfp4", square=False, stochastic=False, seed=0, amax=Non
     return Quantized(fused(pack, x.device)(codes), scale, s_dec, format)
 
 
-def choices(format="nvfp4", square=False, stochastic=False, seed=0, amax=None, unbiased=False, signs=None,
-            decode=None):
+def choices(format="nvfp4", square=False, stochastic=False, seed=0, amax=None, signs=None, decode=None):
     """All arguments of quantize() but x, as a dict."""
     return {"format": format, "square": square, "stochastic": stochastic, "seed": seed, "amax": amax,
-            "unbiased": unbiased, "signs": signs, "decode": decode}
+            "signs": signs, "decode": decode}
 
 
 def largest_magnitude(x, by_row=False):
@@ -557,7 +541,7 @@ def one_for_both(rows, columns):
     return rows["signs"] is None and {**rows, "seed": None} == {**columns, "seed": None}
 
 
-def both_of(q, format, decode, amax=None, unbiased=False, **how):
+def both_of(q, format, decode, amax=None, **how):
     """Both of a matrix of square blocks from its codes q, for these arguments of quantize_both() on both
     sides: what that gives where one_for_both() holds."""
     if decode is None:
@@ -565,7 +549,7 @@ def both_of(q, format, decode, amax=None, unbiased=False, **how):
         return Both(q, q._replace(codes=pack(codes.t()).contiguous(), scales=q.scales.t().contiguous()))
     form, s_dec = FORMATS[format], q.s_dec
     if amax is not None:                            # known on the CPU, so that no one waits for a GPU
-        s_dec = given_s_dec(amax, form.top, form.target_of(unbiased))
+        s_dec = given_s_dec(amax, form.top, form.target)
     rows = Decoded(q.decode(decode), s_dec)
     return Both(rows, rows._replace(values=rows.values.t()))
 
@@ -1613,7 +1597,7 @@ def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
             pointers, flags, results = pointers + [x] * 6, flags + [None], results + [x.t() if turned else x]
             continue
         form, stochastic, fixed = FORMATS[how["format"]], how["stochastic"], how["amax"]
-        height, target = form.shape_of(how["square"])[0], form.target_of(how["unbiased"])
+        height = form.shape_of(how["square"])[0]
         n_lines, n_blocks = (C, triton.cdiv(R, block)) if turned else (R, C // block)
         swizzles = swizzled and how["decode"] is None
         size = swizzled_size(n_lines, n_blocks) if swizzles else (n_lines // height, n_blocks)
@@ -1628,10 +1612,10 @@ def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
             q = Quantized(out.view(torch.uint8), scales.view(form.scale_dtype), s_dec, form.name)
         else:
             out = x.new_empty((block * n_blocks if turned else R, C), dtype=how["decode"])
-            known = given_s_dec(fixed, form.top, target) if number else s_dec
+            known = given_s_dec(fixed, form.top, form.target) if number else s_dec
             q = Decoded(out.t() if turned else out, known)
         pointers += [out, scales, s_dec, amax, as_key(how["seed"], x.device) if stochastic else x, sign]
-        flags.append((height, target, stochastic, sign is not x, how["decode"] is not None,
+        flags.append((height, form.target, stochastic, sign is not x, how["decode"] is not None,
                       bool(ptx[stochastic]), swizzles))
         results.append(q)
     with torch.cuda.device_of(x):
@@ -1952,8 +1936,6 @@ def error_table():
         if form.squares:
             cases["nearest, %dx%d" % form.shape_of(True)] = {"square": True}
         cases[f"stochastic, {row}"] = {"stochastic": True}
-        if form.target_unbiased not in (None, form.target):
-            cases[f"stochastic, {row}, unbiased"] = {"stochastic": True, "unbiased": True}
         for case, choices in cases.items():
             table[name, case] = float((quantize(x, name, **choices).dequantize() - x).square().mean())
     return table
@@ -2004,7 +1986,7 @@ def main(argv, page=__doc__):
     print("values ", "  ".join(f"{v:4.1f}" for v in E2M1_VALUES))
     print("\nmean square error on unit Gaussians (2048 x 4096)")
     for (name, case), error in errors.items():
-        print(f"  {name:12s} {FORMATS[name].bits:.2f} bits  {case:30s} {error:.2e}   "
+        print(f"  {name:14s} {FORMATS[name].bits:.2f} bits  {case:30s} {error:.2e}   "
               f"SNR {-10 * math.log10(error):.1f} dB")
     for recipe, operands in recipes.items():
         print(f"\nrecipe {recipe}: {recipe_changes(RECIPES[recipe])}")

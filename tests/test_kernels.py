@@ -75,9 +75,10 @@ ALL_KINDS = (*KINDS, "nan", "inf")
 DTYPES = BF16, FP16, FP32
 CASES = list(product(ALL_KINDS, DTYPES))
 ONE_EACH = [(kind, DTYPES[i % 3]) for i, kind in enumerate(ALL_KINDS)]
-OPTIONS = [choices("nvfp4", square, stochastic, KEY, amax, unbiased, signs, decode)
-           for stochastic, signs, amax, square, unbiased, decode in product(
-               (False, True), (None, FIXED), (None, 1.0), (False, True), (False, True), (None, BF16, FP32))]
+OPTIONS = [choices(name, square, stochastic, KEY, amax, signs, decode)
+           for stochastic, signs, amax, square, name, decode in product(
+               (False, True), (None, FIXED), (None, 1.0), (False, True), ("nvfp4", "nvfp4_unbiased"),
+               (None, BF16, FP32))]
 SHAPES = (1, 16), (37, 48), (80, 112), (65, 16), (16, 80), (128, 64)
 
 
@@ -170,17 +171,17 @@ def test_every_option_occurs():
         assert {shape for shape, _, _ in met} == set(SHAPES)
         for side in (1, 2):
             values = {tuple(torch.is_tensor(v) or v for v in choice[side].values()) for choice in met}
-            assert [len(set(column)) for column in zip(*values, strict=True)] == [1, 2, 2, 1, 2, 2, 2, 3]
+            assert [len(set(column)) for column in zip(*values, strict=True)] == [2, 2, 2, 1, 2, 2, 3]
             assert n == 1 or len(values) == len(OPTIONS)
 
 
 def test_each_option_reaches_the_kernel():
     """Negative control: with one option changed the kernel no longer agrees with the definition."""
     x = sample("ties", (32, 48), BF16)
-    how = choices(square=True, stochastic=True, seed=KEY, unbiased=True, signs=FIXED)
+    how = choices("nvfp4_unbiased", square=True, stochastic=True, seed=KEY, signs=FIXED)
     want = quantize_both(x, how, how)
     for change in ({}, {"seed": KEY + 1}, {"stochastic": False}, {"signs": -FIXED.flip(0)}, {"signs": None},
-                   {"amax": 2.0}, {"square": False}, {"unbiased": False}):
+                   {"amax": 2.0}, {"square": False}, {"format": "nvfp4"}):
         got = kernels(x, how | change, how | change)
         assert [agree(g, w) for g, w in zip(got, want, strict=True)] == [not change] * 2, change
 

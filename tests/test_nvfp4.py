@@ -172,15 +172,16 @@ ORACLES = {"nvfp4": oracle.quantize, "nvfp4_46": oracle.four_over_six}
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ORACLES)
-def test_oracle_agrees_bit_for_bit(name, kind):
+def test_oracle_agrees_bit_for_bit(name, kind, monkeypatch):
     """Each combination of options and shapes, with the three dtypes in turn."""
     shapes = (1, 80), (33, 64), (48, 64)
     options = product(shapes, (False, True), (False, True), (None, 1.0, 1e-3, 3e4))
+    monkeypatch.setitem(FORMATS, "nvfp4_46_unbiased", replace(FORMATS["nvfp4_46"], target=6 * 16 / 17))
     for n, (shape, stochastic, unbiased, amax) in enumerate(options):
         x, square = sample(kind, shape, DTYPES[n % 3], seed=n), shape == (48, 64)
         o = ORACLES[name](x.float().numpy(), (16 if square else 1, 16), stochastic, SEED + n, amax,
                           6 * 16 / 17 if unbiased else 6)
-        q = quantize(x, name, square, stochastic, SEED + n, amax, unbiased)
+        q = quantize(x, name + "_unbiased" * unbiased, square, stochastic, SEED + n, amax)
         assert agrees(q, o), (shape, stochastic, unbiased, amax)
 
 
@@ -189,8 +190,9 @@ def test_oracle_disagrees_with_anything_else():
     given = {"x": x, "stochastic": True, "seed": SEED}
     o = oracle.quantize(x.numpy(), stochastic=True, key=SEED)
     assert agrees(quantize(**given), o) and not any(agrees(q, o) for q in broken(quantize(**given)))
-    for change in ({"seed": SEED + 1}, {"seed": SEED & nvfp4.MASK32}, {"unbiased": True}, {"amax": 1.0},
-                   {"stochastic": False}, {"square": True}, {"x": x.bfloat16()}, {"format": "nvfp4_46"}):
+    for change in ({"seed": SEED + 1}, {"seed": SEED & nvfp4.MASK32}, {"format": "nvfp4_unbiased"},
+                   {"amax": 1.0}, {"stochastic": False}, {"square": True}, {"x": x.bfloat16()},
+                   {"format": "nvfp4_46"}):
         assert not agrees(quantize(**(given | change)), o), change
     q = quantize(x, "nvfp4_46")                     # nor by the sum of absolute errors, nor without a choice
     assert agrees(q, oracle.four_over_six(x.numpy()))
@@ -231,7 +233,7 @@ def test_minus_zero_is_worth_zero(amax):
 STOCHASTIC = {"stochastic": True, "seed": SEED}
 MSE = (                                             # 2601.22813 table 1, or papers.py where it has none
     ("nvfp4", {}, 9.04e-3), ("nvfp4", {"square": True}, 12.39e-3), ("nvfp4", STOCHASTIC, 18.84e-3),
-    ("nvfp4", STOCHASTIC | {"unbiased": True}, 23.50e-3), ("nvfp4_46", {}, 7.56e-3),
+    ("nvfp4_unbiased", STOCHASTIC, 23.50e-3), ("nvfp4_46", {}, 7.56e-3),
     ("nvfp4_46", {"square": True}, 12.37e-3), ("nvfp4_46", STOCHASTIC, 17.47e-3),
     ("ms_eden", STOCHASTIC, 9.4e-3), ("mxfp4", {}, 13.30e-3), ("mxfp4_floor", {}, 13.21e-3),
     ("ufp4", {}, 7.45e-3), ("hif4", {}, 6.87e-3))
@@ -291,13 +293,13 @@ def test_streams_are_independent():
     assert min(sigmas(one, one), sigmas(one, one // 64), sigmas(one, 255 - one)) > 4
 
 
-@pytest.mark.parametrize("name, unbiased, low, high", (
-    ("nvfp4", False, 6 * 16 / 17, 6 * 17 / 16), ("nvfp4", True, 6 * (16 / 17) ** 2, 6), ("mxfp4", True, 3, 6),
-    ("mxfp4", False, 3, 6), ("mxfp4_floor", False, 4, 8)))
-def test_where_a_block_s_largest_magnitude_lands(name, unbiased, low, high):
+@pytest.mark.parametrize("name, low, high", (
+    ("nvfp4", 6 * 16 / 17, 6 * 17 / 16), ("nvfp4_unbiased", 6 * (16 / 17) ** 2, 6), ("mxfp4", 3, 6),
+    ("mxfp4_floor", 4, 8)))
+def test_where_a_block_s_largest_magnitude_lands(name, low, high):
     """Beyond 6 it saturates: by NVFP4's usual target and by OCP's scales, not by the unbiased target."""
     x, form = gaussian(512, 1024).abs() + 1e-3, FORMATS[name]
-    q = quantize(x, name, unbiased=unbiased, stochastic=True)
+    q = quantize(x, name, stochastic=True)
     lands = x.unflatten(1, (-1, form.block)).amax(2) / (q.scales.float() * q.s_dec)
     assert low * (1 - 2**-21) <= lands.min() and lands.max() <= high * (1 + 2**-21)
     assert lands.min() < low * 1.02 and lands.max() > 0.98 * high
@@ -366,7 +368,7 @@ def test_columns_are_the_rows_of_the_transpose(kind, M, dtype):
     for options in product((None, dtype), (False, True), (None, signs), (1.0, None), (False, True),
                            (False, True)):
         decode, stochastic, rotated, amax, square, unbiased = options
-        how = choices("nvfp4", square, stochastic, key, amax, unbiased, rotated, decode)
+        how = choices("nvfp4" + "_unbiased" * unbiased, square, stochastic, key, amax, rotated, decode)
         row_how = how | {"square": square and M % BLOCK == 0}
         both = quantize_both(x, row_how, how)
         for got, contiguous, how_here in ((both.rows, x, row_how), (both.columns, x_t, how)):
@@ -375,7 +377,7 @@ def test_columns_are_the_rows_of_the_transpose(kind, M, dtype):
             if decode is not None:
                 want = nvfp4.Decoded(want.decode().to(dtype), want.s_dec)
             assert alike(got, want), options
-    for change in ({}, {"seed": key + 1}, {"signs": -signs.flip(0)}, {"square": False}, {"unbiased": False},
+    for change in ({}, {"seed": key + 1}, {"signs": -signs.flip(0)}, {"square": False}, {"format": "nvfp4"},
                    {"stochastic": False}):
         changed = quantize_both(x, None, how | change).columns
         assert same(changed.values, both.columns.values) is (not change), change
@@ -1463,17 +1465,17 @@ def test_where_stochastic_rounding_is_biased(monkeypatch):
     """Unbiased: the target 6 * 16/17, and 4/6 with it, for it chooses to nearest. Biased: a block beyond 6,
     which saturates; and 4/6 if it chooses by the errors of rounding at random, as its paper has it."""
     for lands in (4, 6):
-        scratch_format(monkeypatch, f"on {lands}", top=256.0, scales=(
+        scratch_format(monkeypatch, f"on {lands}", top=256.0, target=papers.UNBIASED, scales=(
             lambda blocks, s_enc, target, lands=lands: nvfp4.e4m3_scales(blocks, s_enc, target * lands / 6)))
     x = gaussian(512, seed=3)
     rows, x_blocks = x.expand(4096, -1), x.view(-1, 16)
     step = (x_blocks.abs().amax(1) * 2 / 3.7).repeat_interleave(16)             # 4 * 16/17 at the least
 
-    def draw(name, unbiased=True):
-        return quantize(rows, name, stochastic=True, seed=SEED, unbiased=unbiased).dequantize()
-    assert is_unbiased(draw("nvfp4"), x, step) and is_unbiased(draw("nvfp4_46"), x, step)
-    assert not is_unbiased(draw("nvfp4", False), x, step)
-    assert not is_unbiased(draw("nvfp4_46", False), x, step)
+    def draw(name):
+        return quantize(rows, name, stochastic=True, seed=SEED).dequantize()
+    monkeypatch.setitem(FORMATS, "nvfp4_46_unbiased", replace(FORMATS["nvfp4_46"], target=papers.UNBIASED))
+    for name in ("nvfp4", "nvfp4_46"):
+        assert is_unbiased(draw(f"{name}_unbiased"), x, step) and not is_unbiased(draw(name), x, step)
     six, four = (draw(f"on {lands}").unflatten(1, (-1, 16)) for lands in (6, 4))
     errors = [(q - x_blocks).square().sum(2, keepdim=True) for q in (six, four)]
     assert is_unbiased(six.flatten(1), x, step) and is_unbiased(four.flatten(1), x, step)
@@ -1737,12 +1739,14 @@ COMPILED = {                                        # dtype, whether turned, opt
     "wgrad.dy, rotated": (BF16, True, BY_CHANCE | {"signs": FIXED, "decode": FP32}, ANOTHER),
     "weight": (FP32, False, {"square": True, "decode": BF16}, {"square": False}),
     "codes, 16x16": (BF16, False, BY_CHANCE | {"square": True}, ANOTHER),
-    "dgrad.dy": (BF16, False, BY_CHANCE | {"unbiased": True, "decode": BF16}, {"unbiased": False}),
+    "dgrad.dy": (BF16, False, BY_CHANCE | {"format": "nvfp4_unbiased", "decode": BF16},
+                 {"format": "nvfp4"}),
     "wgrad.x, rotated": (FP32, True, {"signs": FIXED}, {"signs": FIXED.flip(0)}),
     "rotated by 32": (BF16, False, BY_CHANCE | {"format": "mxfp4", "signs": signs_of("fixed", 32)}, ANOTHER),
     "4/6, nearest": (BF16, False, {"format": "nvfp4_46"}, {"format": "nvfp4"}),
     "ms_eden, turned": (BF16, True, BY_CHANCE | {"format": "ms_eden", "decode": FP32}, ANOTHER),
-    **{name: (BF16, False, BY_CHANCE | {"format": name}, ANOTHER) for name in FORMATS if name != "nvfp4"}}
+    **{name: (BF16, False, BY_CHANCE | {"format": name}, ANOTHER) for name in FORMATS
+       if name not in ("nvfp4", "nvfp4_unbiased")}}
 @pytest.mark.parametrize("case", [case if case == "codes" else pytest.param(case, marks=pytest.mark.long)
                                   for case in COMPILED])
 def test_compiled_is_eager(case, monkeypatch):
