@@ -892,16 +892,6 @@ class FP4Linear(torch.nn.Linear):
             return self.by_expert(both_of(self.codes, **for_fprop))
         return self.by_expert(quantize_both(self.filled_weight(), for_fprop, for_dgrad))
 
-    def for_parts(self, n):
-        """Arguments of quantize() for n equal parts of the weight's first axis, each (N/n, K), or (E N/n, K)
-        of experts. None: side by side their codes are not the weight's, or the layer needs more than codes.
-        """
-        (rows, columns), shape, block = self.weight_operands(), self.weight.shape, self.cfg.whole_channels
-        fits = shape[0] % n == 0 and shape[:-1].numel() // n % block == 0 and self.out_features % block == 0
-        if fits and self.cfg.until is None and one_for_both(rows, columns):
-            return rows | {"decode": None}
-        return None
-
     def weight_operands(self):
         """Arguments of quantize() for fprop.w and dgrad.w. Inputs are not known yet: taken to be bf16."""
         experts = self.weight.dim() == 3

@@ -1,7 +1,7 @@
 """Other papers' recipes, as differences from NVFP4. A section is a paper, with rows and subclasses.
 
 nvfp4.py does not know this file. Importing it adds its formats to nvfp4.FORMATS and its recipes to
-nvfp4.RECIPES; a format of your own is a row like these, and takes ten to thirty lines.
+nvfp4.RECIPES; a format of your own is a row like these, and takes ten to sixty lines.
 
     format          a grid of eight magnitudes (round, value_of), and how a block finds its scale (scales)
     recipe          a row of RECIPES: FP4Config, or PaperConfig where it needs a field that is below
@@ -387,9 +387,6 @@ class PaperFunction(FP4Function):
 
 class PaperLinear(FP4Linear):
     function = PaperFunction
-
-    def for_parts(self, n):
-        return None                                 # it looks at the weight itself
 
     def quantize_weight(self):
         if not self.cfg.reuse_codes:

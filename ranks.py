@@ -157,7 +157,7 @@ class Ranks:
         uses = collections.Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
         n = 0
         for layer in nvfp4.fp4_layers(model):
-            how = layer.for_parts(self.world)
+            how = for_parts(layer, self.world)
             if how and uses[id(layer.weight)] == 1:
                 gather_codes_of(layer, how)
                 n += 1
@@ -250,6 +250,17 @@ class Ranks:
                 value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements,
                                           src_data_rank=None)
             tensor.copy_(value)
+
+
+def for_parts(layer, n):
+    """Arguments of quantize() for n equal parts of the first axis of an FP4Linear's weight, each (N/n, K), or
+    (E N/n, K) of experts. None: side by side their codes are not the weight's, or codes will not do: another
+    class of layers looks at the weight, and after a late switch all do.
+    """
+    (rows, columns), shape, block = layer.weight_operands(), layer.weight.shape, layer.cfg.whole_channels
+    fits = shape[0] % n == 0 and shape[:-1].numel() // n % block == 0 and layer.out_features % block == 0
+    codes_do = type(layer) is nvfp4.FP4Linear and layer.cfg.until is None
+    return rows | {"decode": None} if fits and codes_do and nvfp4.one_for_both(rows, columns) else None
 
 
 def gather_codes_of(layer, how):

@@ -401,24 +401,6 @@ def test_a_weight_s_codes_may_be_made_by_parts(name, decode, amax):
     assert FORMATS[name].top is None or not same(own.scales, q.scales[:len(own.scales)])
 
 
-@pytest.mark.parametrize("cfg, shape, n, fits", (
-    (RECIPES["ngpt"], (96, 64), 2, True), (RECIPES["ngpt"], (96, 64), 4, False),        # 24 rows
-    (RECIPES["ngpt"], (72, 64), 1, False), (RECIPES["nvfp4"], (96, 64), 3, True),
-    (RECIPES["ngpt"], (4, 16, 64), 4, True), (RECIPES["ngpt"], (6, 16, 64), 4, False),
-    (RECIPES["ngpt"], (4, 24, 64), 2, False),                                   # experts are filled up
-    (FP4Config(until=0.5), (96, 64), 2, False), (RECIPES["bf16"], (96, 64), 2, False),
-    (FP4Config(square_weights=False), (96, 64), 2, False), (FP4Config(gemms=("fprop",)), (96, 64), 2, False),
-    (FP4Config(stochastic=("fprop.w", "dgrad.w")), (96, 64), 2, False),
-    (FP4Config(hadamard=("fprop", "dgrad")), (96, 64), 2, False),
-    (PaperConfig(dge_k=5.0), (96, 64), 2, False)), ids=str)
-def test_which_weights_may_be_quantized_by_parts(cfg, shape, n, fits):
-    """Whole blocks in every part, the same for both GEMMs, and nobody looks at the weight itself."""
-    linear = torch.nn.Linear(shape[-1], shape[-2], bias=False)
-    linear.weight = torch.nn.Parameter(torch.zeros(shape))
-    layer = cfg.layer(linear, cfg)
-    assert (layer.for_parts(n) is not None) == fits
-
-
 # ---------------------------------------------------------------- the GEMM
 
 @pytest.fixture(params=(True, False), ids=("bf16 units", "fp32 units"))

@@ -28,6 +28,9 @@ import nvfp4  # noqa: E402
 import train  # noqa: E402
 from data.run import UserError, load_checkpoint, newest_checkpoint  # noqa: E402
 from model import load_model, outline  # noqa: E402
+from nvfp4 import RECIPES, FP4Config  # noqa: E402
+from papers import PaperConfig  # noqa: E402
+from ranks import for_parts  # noqa: E402
 from runs import RUNS, TWO, contents, differences, each_step, metrics, one_line, ranks, wait_for  # noqa: E402
 from train import load_config  # noqa: E402
 
@@ -185,6 +188,24 @@ def test_activation_checkpointing_changes_no_bit(tiny, whole, tmp_path):
                                    ("random again", ALL_RANDOM, whole("gpt, all random"))):
         train.main(tiny(tmp_path / name, **settings, activation_checkpointing=True))
         assert differences(tmp_path / name, folder) == set()
+
+
+@pytest.mark.parametrize("cfg, shape, n, fits", (
+    (RECIPES["ngpt"], (96, 64), 2, True), (RECIPES["ngpt"], (96, 64), 4, False),        # 24 rows
+    (RECIPES["ngpt"], (72, 64), 1, False), (RECIPES["nvfp4"], (96, 64), 3, True),
+    (RECIPES["ngpt"], (4, 16, 64), 4, True), (RECIPES["ngpt"], (6, 16, 64), 4, False),
+    (RECIPES["ngpt"], (4, 24, 64), 2, False),                                   # experts are filled up
+    (FP4Config(until=0.5), (96, 64), 2, False), (RECIPES["bf16"], (96, 64), 2, False),
+    (FP4Config(square_weights=False), (96, 64), 2, False), (FP4Config(gemms=("fprop",)), (96, 64), 2, False),
+    (FP4Config(stochastic=("fprop.w", "dgrad.w")), (96, 64), 2, False),
+    (FP4Config(hadamard=("fprop", "dgrad")), (96, 64), 2, False),
+    (PaperConfig(dge_k=5.0), (96, 64), 2, False)), ids=str)
+def test_which_weights_may_be_quantized_by_parts(cfg, shape, n, fits):
+    """Whole blocks in every part, the same for both GEMMs, and nobody looks at the weight itself."""
+    linear = torch.nn.Linear(shape[-1], shape[-2], bias=False)
+    linear.weight = torch.nn.Parameter(torch.zeros(shape))
+    layer = cfg.layer(linear, cfg)
+    assert (for_parts(layer, n) is not None) == fits
 
 
 @pytest.mark.parametrize("config, world", [
