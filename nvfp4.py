@@ -1544,6 +1544,11 @@ def _decode_kernel(codes_ptr, scales_ptr, out_ptr, R, C, HEIGHT: tl.constexpr, T
     _store_blocks(out_ptr, values, R, C, pid_m, pid_n, False, TILE)
 
 
+def programs(M, N, rows=TILE, columns=TILE):
+    """The grid of a kernel: a program for each tile of a matrix (M, N)."""
+    return (-(-M // rows) * -(-N // columns),)
+
+
 @functools.cache
 def constant(value, device):
     return torch.full((), value, device=device)
@@ -1570,7 +1575,7 @@ def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
         found = hardware(x.device)
         ptx, swizzled = (found.nearest, found.stochastic), bool(found.matmul)
     x, block = x.contiguous(), FORMATS["nvfp4"].block
-    (R, C), grid = x.shape, (triton.cdiv(x.shape[0], TILE) * triton.cdiv(x.shape[1], TILE),)
+    (R, C), grid = x.shape, programs(*x.shape)
     signs = [x if how is None or how["signs"] is None else                      # x: will not be read
              torch.as_tensor(how["signs"], dtype=torch.float32, device=x.device) for how in (rows, columns)]
     slots = [0 if s is x else slot for slot, s in enumerate(signs, 1)]          # in _amax_kernel's maxima
@@ -1588,7 +1593,7 @@ def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
             continue
         form, stochastic, fixed = FORMATS[how["format"]], how["stochastic"], how["amax"]
         height = form.shape_of(how["square"])[0]
-        n_lines, n_blocks = (C, triton.cdiv(R, block)) if turned else (R, C // block)
+        n_lines, n_blocks = (C, -(-R // block)) if turned else (R, C // block)
         swizzles = swizzled and how["decode"] is None
         size = swizzled_size(n_lines, n_blocks) if swizzles else (n_lines // height, n_blocks)
         padded = swizzles and (n_lines % 128 or n_blocks % 4)                   # with zeros
@@ -1617,9 +1622,9 @@ def decode_triton(q, dtype):
     """Quantized.decode() by the kernel."""
     (M, K), words = q.shape, q.codes.contiguous().view(torch.int64)             # a block's codes each
     scales = unswizzle(q.scales, M, K).contiguous().view(torch.uint8)
-    out, grid = q.codes.new_empty((M, K), dtype=dtype), (triton.cdiv(M, TILE) * triton.cdiv(K, TILE),)
+    out = q.codes.new_empty((M, K), dtype=dtype)
     with torch.cuda.device_of(out):
-        _decode_kernel[grid](words, scales, out, M, K, M // len(scales), TILE, **QUANTIZE_OPTIONS)
+        _decode_kernel[programs(M, K)](words, scales, out, M, K, M // len(scales), TILE, **QUANTIZE_OPTIONS)
     return out
 
 
@@ -1718,7 +1723,7 @@ def matmul_dot_scaled(a, b, dtype):
     """matmul() of codes by the FP4 units of sm_100, sm_103 and sm_120."""
     (M, K), (N, _) = a.shape, b.shape
     y = a.codes.new_empty((M, N), dtype=dtype)
-    grid = (triton.cdiv(M, NATIVE_BLOCK["BLOCK_M"]) * triton.cdiv(N, NATIVE_BLOCK["BLOCK_N"]),)
+    grid = programs(M, N, NATIVE_BLOCK["BLOCK_M"], NATIVE_BLOCK["BLOCK_N"])
     with torch.cuda.device_of(y):
         _matmul_native_kernel[grid](a.codes.contiguous(), swizzle(a.scales, M), a.s_dec, b.codes.contiguous(),
                                     swizzle(b.scales, N), b.s_dec, y, M, N, K, **NATIVE_BLOCK,
