@@ -22,6 +22,7 @@ from data.run import load_checkpoint, newest_checkpoint
 from data.tokens import prepare
 from nvfp4 import OPERANDS
 
+REPO = Path(__file__).resolve().parents[1]
 TWO = {"gradient_accumulation_steps": 2, "max_steps": 8}       # micro-batches, or ranks
 RUNS = {                                            # kinds of runs that must go on bit for bit
     "plain": {},

@@ -12,24 +12,20 @@ import shutil
 import struct
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
-
-import analyze  # noqa: E402
-import nvfp4  # noqa: E402
-import train  # noqa: E402
-from analyze import averaging_gain, db, moments, rho  # noqa: E402
-from assets import figures  # noqa: E402
-from model import ModelConfig, build  # noqa: E402
-from nvfp4 import OPERANDS, RECIPES, quantize  # noqa: E402
-from papers import PaperConfig  # noqa: E402
-from runs import refusal_of  # noqa: E402
+import analyze
+import nvfp4
+import train
+from analyze import averaging_gain, db, moments, rho
+from assets import figures
+from model import ModelConfig, build
+from nvfp4 import OPERANDS, RECIPES, quantize
+from papers import PaperConfig
+from runs import refusal_of
 
 try:
     import matplotlib  # noqa: F401

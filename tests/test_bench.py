@@ -3,20 +3,15 @@ once at a small size; the bytes that a layer keeps are exact.
 """
 import itertools
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
-
-import bench  # noqa: E402
-import nvfp4  # noqa: E402
-import train  # noqa: E402
-from nvfp4 import FORMATS, RECIPES, FP4Config, FP4Linear  # noqa: E402
+import bench
+import nvfp4
+import train
+from nvfp4 import FORMATS, RECIPES, FP4Config, FP4Linear
 
 CPU = torch.device("cpu")
 TINY = bench.Sizes(

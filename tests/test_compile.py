@@ -12,13 +12,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import nvfp4
 from model import ModelConfig, build, compile_blocks
 from nvfp4 import RECIPES, FP4Linear
+from runs import REPO
 
-REPO = Path(__file__).resolve().parents[1]
 TINY = ["--arch=ngpt", "--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=32", "--batch_size=4",
         "--max_steps=4", "--sample_tokens=0", "--device=cpu"]
 

@@ -20,16 +20,14 @@ import regex
 import tiktoken
 import torch
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-
-import data.fineweb_edu.prepare as fineweb  # noqa: E402
-import data.sotu.prepare as sotu  # noqa: E402
-import data.text.prepare as text  # noqa: E402
-from data import shards, tokens  # noqa: E402
-from data.run import Lines, UserError, write_whole  # noqa: E402
-from data.tokens import (batch_at, data_folder, load_data, load_tokenizer, prepare, prepare_missing,  # noqa: E402
+import data.fineweb_edu.prepare as fineweb
+import data.sotu.prepare as sotu
+import data.text.prepare as text
+from data import shards, tokens
+from data.run import Lines, UserError, write_whole
+from data.tokens import (batch_at, data_folder, load_data, load_tokenizer, prepare, prepare_missing,
                          read_tokens, tokenizer_file, train_bpe, train_starts, val_starts, write_tokens)
+from runs import REPO
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 ENGLISH = "".join((LIBRARY / name).read_text(encoding="utf-8") for name in ("heapq.py", "argparse.py"))

@@ -2,20 +2,17 @@
 as we do. They are skipped without: pip install -r tests/requirements.txt. Nothing is downloaded."""
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import nvfp4  # noqa: E402
-import train  # noqa: E402
-from data.tokens import bpe_encoding, load_tokenizer, prepare, train_bpe  # noqa: E402
-from export import export, main, tokenizer_json  # noqa: E402
-from model import generate  # noqa: E402
-from runs import refusal_of  # noqa: E402
-from test_data import ENGLISH, FOREIGN  # noqa: E402
+import nvfp4
+import train
+from data.tokens import bpe_encoding, load_tokenizer, prepare, train_bpe
+from export import export, main, tokenizer_json
+from model import generate
+from runs import refusal_of
+from test_data import ENGLISH, FOREIGN
 
 MISSING = "is not there: pip install -r tests/requirements.txt"
 HYBRID = {"pattern": "ME*-M", "rope_base": 0, "mamba_n_head": 16, "mamba_head_dim": 4, "mamba_n_group": 2,

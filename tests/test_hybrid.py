@@ -4,25 +4,21 @@ import copy
 import functools
 import itertools
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
-
-import model as model_file  # noqa: E402
-import nvfp4  # noqa: E402
-import oracle  # noqa: E402
-import train  # noqa: E402
-from model import (ExpertLinear, ModelConfig, MoE, build, count_parameters, flops_per_token,  # noqa: E402
+import model as model_file
+import nvfp4
+import oracle
+import train
+from model import (ExpertLinear, ModelConfig, MoE, build, count_parameters, flops_per_token,
                    gather, generate, ssm, ssm_chunked, unit)
-from nvfp4 import FORMATS, OPERANDS, RECIPES, FP4Config, FP4Linear, quantize  # noqa: E402
-from papers import PaperConfig  # noqa: E402
+from nvfp4 import FORMATS, OPERANDS, RECIPES, FP4Config, FP4Linear, quantize
+from papers import PaperConfig
+from runs import REPO
 
 # every size a multiple of 16, as FP4 wants it: in_proj makes 128 z, 128 + 2 * 64 x B C and 16 dt
 SMALL = ModelConfig(pattern="ME*-", n_embd=64, n_head=4, n_kv_head=2, n_ffn=48, block_size=32, vocab_size=80,

@@ -10,23 +10,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
-
-import nvfp4  # noqa: E402
-import train  # noqa: E402
-from data.run import read_metrics  # noqa: E402
-from nvfp4 import (GEMMS, OPERANDS, RECIPES, SIGNS, Both, Decoded, Quantized, choices,  # noqa: E402
+import nvfp4
+import train
+from data.run import read_metrics
+from nvfp4 import (GEMMS, OPERANDS, RECIPES, SIGNS, Both, Decoded, Quantized, choices,
                    convert, matmul, quantize, quantize_both, quantize_both_triton)
-from papers import PaperConfig  # noqa: E402
-from test_nvfp4 import BLOCK, KINDS, SEED, gaussian, same, sample  # noqa: E402
+from papers import PaperConfig
+from runs import REPO
+from test_nvfp4 import BLOCK, KINDS, SEED, gaussian, same, sample
 
 triton = pytest.importorskip("triton", reason="no Triton on this system")
 GPU = torch.cuda.is_available()

@@ -4,21 +4,18 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-
-import model as model_file  # noqa: E402
-import nvfp4  # noqa: E402
-import train  # noqa: E402
-from data.tokens import load_tokenizer, prepare  # noqa: E402
-from model import (ModelConfig, build, count_parameters, describe,  # noqa: E402
+import model as model_file
+import nvfp4
+import train
+from data.tokens import load_tokenizer, prepare
+from model import (ModelConfig, build, count_parameters, describe,
                    flops_per_token, generate, rope, rope_tables, sample_text, training_bytes, unit)
+from runs import REPO
 
 SMALL = ModelConfig(n_layer=2, n_embd=64, n_head=4, n_kv_head=2, n_ffn=96, block_size=32, vocab_size=80)
 EPS = torch.finfo(torch.float32).eps

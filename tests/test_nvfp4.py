@@ -7,13 +7,11 @@ import copy
 import math
 import re
 import shutil
-import sys
 import warnings
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from itertools import combinations, product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,15 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import prune
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
-
-import nvfp4  # noqa: E402
-import oracle  # noqa: E402
-import papers  # noqa: E402
-from nvfp4 import (E2M1_VALUES, FORMATS, GEMMS, OPERANDS, RECIPES, SIGNS, FP4Config, FP4Linear,  # noqa: E402
+import nvfp4
+import oracle
+import papers
+from nvfp4 import (E2M1_VALUES, FORMATS, GEMMS, OPERANDS, RECIPES, SIGNS, FP4Config, FP4Linear,
                    Quantized, choices, convert, e2m1, hadamard, matmul, quantize, quantize_both)
-from papers import PaperConfig, dge_slope, e5m2, split_outliers, tensor_core_sum  # noqa: E402
+from papers import PaperConfig, dge_slope, e5m2, split_outliers, tensor_core_sum
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BLOCK = FORMATS["nvfp4"].block

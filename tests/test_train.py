@@ -14,7 +14,6 @@ import re
 import resource
 import shutil
 import signal
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -27,19 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-
-import graphs as graphs_file  # noqa: E402
-import nvfp4  # noqa: E402
-import train  # noqa: E402
-from data.run import UserError, load_checkpoint  # noqa: E402
-from data.tokens import batch_at, load_data, prepare, read_tokens, val_starts, write_tokens  # noqa: E402
-from model import ModelConfig, build, flops_per_token, load_model, outline, rank_bytes  # noqa: E402
-from ranks import tensors_of  # noqa: E402
-from runs import (BUG, RUNS, Process, contents, differences, each_step, metrics, one_line,  # noqa: E402
+import graphs as graphs_file
+import nvfp4
+import train
+from data.run import UserError, load_checkpoint
+from data.tokens import batch_at, load_data, prepare, read_tokens, val_starts, write_tokens
+from model import ModelConfig, build, flops_per_token, load_model, outline, rank_bytes
+from ranks import tensors_of
+from runs import (BUG, RUNS, Process, contents, differences, each_step, metrics, one_line,
                   ranks, refusal_of, wait_for)
-from train import load_config, load_run, make_config, unflatten  # noqa: E402
+from train import load_config, load_run, make_config, unflatten
 
 CAN_COMPILE = nvfp4.can_compile                     # that of the module, which eager() replaces
 pytestmark = pytest.mark.usefixtures("eager")

@@ -1,21 +1,17 @@
 """Our mixers and hybrids against implementations not ours: those of transformers, in plain PyTorch, with our
 weights copied over. Skipped without it: pip install -r tests/requirements.txt. Nothing is downloaded."""
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from model import ModelConfig, build, generate  # noqa: E402
+from model import ModelConfig, build, generate
 
 pytest.importorskip("transformers", reason="transformers is not there: pip install -r tests/requirements.txt")
-from transformers import Mamba2Config, NemotronHConfig, NemotronHForCausalLM  # noqa: E402
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer  # noqa: E402
-from transformers.models.nemotron_h.modeling_nemotron_h import MIXER_TYPES  # noqa: E402
+from transformers import Mamba2Config, NemotronHConfig, NemotronHForCausalLM
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from transformers.models.nemotron_h.modeling_nemotron_h import MIXER_TYPES
 
 SMALL = ModelConfig(arch="gpt", n_embd=64, n_head=4, n_kv_head=2, head_dim=24, n_ffn=48, block_size=64,
                     vocab_size=80, rope_base=0.0, init_std=0.2, mamba_n_head=16, mamba_head_dim=8,
