@@ -60,6 +60,10 @@ def metrics(folder, having="step"):
     return [row for row in rows if having in row]
 
 
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
 def contents(folder):
     """{name: bytes, or a number} of all that a run computed, but for times: model/NAME and
     optimizer/NUMBER/NAME, of a file or of parts; metrics/STEP/NAME and metrics/STEP val/NAME."""

@@ -25,7 +25,7 @@ from assets import figures
 from model import ModelConfig, build
 from nvfp4 import OPERANDS, RECIPES, quantize
 from papers import PaperConfig
-from runs import refusal_of
+from runs import metrics, refusal_of
 
 try:
     import matplotlib  # noqa: F401
@@ -508,8 +508,7 @@ def results(folder, name):
 
 
 def log_of(folder, key):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row[key] for row in rows if key in row]
+    return [row[key] for row in metrics(folder, key)]
 
 
 def test_analysis_of_runs(out, tmp_path, capsys):

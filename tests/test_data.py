@@ -27,7 +27,7 @@ from data import shards, tokens
 from data.run import Lines, UserError, write_whole
 from data.tokens import (batch_at, data_folder, load_data, load_tokenizer, prepare, prepare_missing,
                          read_tokens, tokenizer_file, train_bpe, train_starts, val_starts, write_tokens)
-from runs import REPO
+from runs import REPO, files_of
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 ENGLISH = "".join((LIBRARY / name).read_text(encoding="utf-8") for name in ("heapq.py", "argparse.py"))
@@ -45,10 +45,6 @@ def write_sample(path, ids=(5, 0, 299, 7), vocab_size=300, **changes):
 def run_script(script, *arguments, cwd):
     command = [sys.executable, str(REPO / "data" / script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=60)
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 @pytest.fixture(scope="module")

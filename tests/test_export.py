@@ -11,7 +11,7 @@ import train
 from data.tokens import bpe_encoding, load_tokenizer, prepare, train_bpe
 from export import export, main, tokenizer_json
 from model import generate
-from runs import refusal_of
+from runs import flags_of, refusal_of
 from test_data import ENGLISH, FOREIGN
 
 MISSING = "is not there: pip install -r tests/requirements.txt"
@@ -30,11 +30,9 @@ def run(tmp_path_factory):
 
     def folder(**changes):
         out_dir = tmp_path_factory.mktemp("run")
-        settings = {"out_dir": out_dir, "dataset": data, "arch": "gpt", "recipe": "nvfp4", "fp4_tail": 0,
-                    "n_layer": 1, "n_embd": 32, "n_head": 2, "n_ffn": 64, "block_size": 64, "batch_size": 4,
-                    "max_steps": 20, "learning_rate": 0.02, "eval_iters": 1, "sample_tokens": 0,
-                    "device": "cpu", "compile": False, **changes}
-        train.main([f"--{name}={value}" for name, value in settings.items()])
+        settings = {"arch": "gpt", "recipe": "nvfp4", "fp4_tail": 0, "n_ffn": 64, "block_size": 64,
+                    "batch_size": 4, "max_steps": 20, "learning_rate": 0.02, **changes}
+        train.main(flags_of(data, out_dir, **settings))
         return out_dir
     return folder
 

@@ -19,6 +19,7 @@ from model import (ExpertLinear, ModelConfig, MoE, build, count_parameters, flop
 from nvfp4 import FORMATS, OPERANDS, RECIPES, FP4Config, FP4Linear, quantize
 from papers import PaperConfig
 from runs import REPO
+from test_nvfp4 import PLACE, as_paper, run
 
 # every size a multiple of 16, as FP4 wants it: in_proj makes 128 z, 128 + 2 * 64 x B C and 16 dt
 SMALL = ModelConfig(pattern="ME*-", n_embd=64, n_head=4, n_kv_head=2, n_ffn=48, block_size=32, vocab_size=80,
@@ -26,7 +27,6 @@ SMALL = ModelConfig(pattern="ME*-", n_embd=64, n_head=4, n_kv_head=2, n_ffn=48, 
                     moe_n_expert=4, moe_n_active=2)
 EPS = torch.finfo(torch.float32).eps
 pytestmark = pytest.mark.usefixtures("unfused")
-PLACE = 0x1234_5678_9ABC_DEF0, 7, 0                 # seed, step, micro_batch
 both_archs = pytest.mark.parametrize("arch", ["gpt", "ngpt"])
 both_precisions = pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)],
                                           ids=str)
@@ -492,11 +492,6 @@ def test_the_model_adds_its_mixers_losses():
 
 # ---------------------------------------------------------------- experts in FP4
 
-def as_paper(cfg):
-    """The same recipe with all fields that there are."""
-    return PaperConfig(**vars(cfg))
-
-
 def fits(format):
     """Whether no two experts share a block."""
     return FORMATS[format].block <= MoE.multiple
@@ -535,16 +530,6 @@ def expert_layer(cfg, E=5, K=64, N=96, index=5):
     layer = cfg.layer(linear, cfg, index)
     nvfp4.set_step(layer, *PLACE)
     return layer
-
-
-def run(layer, x, dy, ends, autocast=False):
-    """y, dx, dw of one forward and backward."""
-    x = x.clone().requires_grad_()
-    layer.weight.grad = None
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = layer(x, ends)
-    y.backward(dy.to(y.dtype))
-    return y.detach(), x.grad, layer.weight.grad
 
 
 def expert_by_expert(layer, x, dy, ends, autocast=False):
@@ -600,23 +585,23 @@ def test_expert_layer_is_a_layer_for_each_expert(name, autocast):
     layer = expert_layer(EXPERTS[name])
     for sizes in GROUPS:
         x, dy, ends = sorted_batch(sizes)
-        got, want = run(layer, x, dy, ends, autocast), expert_by_expert(layer, x, dy, ends, autocast)
+        got, want = run(layer, x, dy, ends, autocast=autocast), expert_by_expert(layer, x, dy, ends, autocast)
         assert agree(got, want, autocast) == [True] * 3, sizes
         assert [len(t) for t in got] == [len(x), len(x), 5] and got[2].dtype == torch.float32
         assert all((dw == 0).all() == (n == 0) for dw, n in zip(got[2], sizes, strict=True))
         assert (got[0][(x == 0).all(1)] == 0).all() and (got[1][(dy == 0).all(1)] == 0).all()
     x, dy, ends = sorted_batch(GROUPS[0])           # controls
-    got, want = run(layer, x, dy, ends, autocast), expert_by_expert(layer, x, dy, ends, autocast)
+    got, want = run(layer, x, dy, ends, autocast=autocast), expert_by_expert(layer, x, dy, ends, autocast)
     assert not any(agree([0.98 * g for g in got], want, autocast))
-    assert not any(agree(run(layer, x, dy, (ends + 32).clamp(max=len(x)), autocast), want, autocast))
+    assert not any(agree(run(layer, x, dy, (ends + 32).clamp(max=len(x)), autocast=autocast), want, autocast))
     if layer.cfg.gemms:
         nvfp4.set_step(layer, PLACE[0], PLACE[1] + 1)
         used = {name.split(".")[0] for name in layer.cfg.stochastic} & set(layer.cfg.gemms)
         fresh = set(layer.cfg.hadamard) if as_paper(layer.cfg).hadamard_signs == "fresh" else set()
-        assert [not ok for ok in agree(run(layer, x, dy, ends, autocast), want, autocast)] == [
+        assert [not ok for ok in agree(run(layer, x, dy, ends, autocast=autocast), want, autocast)] == [
             gemm in used | fresh for gemm in nvfp4.GEMMS]
         with nvfp4.high_precision(layer):
-            got = run(layer, x, dy, ends, autocast)
+            got = run(layer, x, dy, ends, autocast=autocast)
         layer.cfg = RECIPES["bf16"]
         assert agree(got, expert_by_expert(layer, x, dy, ends, autocast), autocast) == [True] * 3
 

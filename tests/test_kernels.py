@@ -18,11 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 import nvfp4
 import train
-from data.run import read_metrics
 from nvfp4 import (GEMMS, OPERANDS, RECIPES, SIGNS, Both, Decoded, Quantized, choices,
                    convert, matmul, quantize, quantize_both, quantize_both_triton)
 from papers import PaperConfig
-from runs import REPO
+from runs import REPO, metrics
 from test_nvfp4 import BLOCK, KINDS, SEED, gaussian, same, sample
 
 triton = pytest.importorskip("triton", reason="no Triton on this system")
@@ -581,13 +580,10 @@ def test_a_gradient_of_gradients_is_refused(recipe):
 # ---------------------------------------------------------------- a run, as on a GPU that is not here
 
 @needs_none
-@pytest.mark.parametrize("recipe, dtype, chips, pattern, steps", (
-    ("nvfp4", "bfloat16", ("sm_90", "sm_100"), "-", 1),
-    *(pytest.param(*case, 2, marks=pytest.mark.long) for case in (
-        ("ngpt", "float32", ("sm_90", "sm_100"), "*-"), ("nvfp4", "bfloat16", ("sm_90", "sm_100"), "*-"),
-        ("ngpt", "float32", ("sm_90", "sm_100"), "ME")))))
-def test_a_run_on_a_gpu_is_the_definition_s(recipe, dtype, chips, pattern, steps, dataset, tmp_path,
-                                            monkeypatch):
+@pytest.mark.parametrize("recipe, dtype, pattern, steps", (
+    ("nvfp4", "bfloat16", "-", 1), *(pytest.param(*case, 2, marks=pytest.mark.long) for case in (
+        ("ngpt", "float32", "*-"), ("nvfp4", "bfloat16", "*-"), ("ngpt", "float32", "ME")))))
+def test_a_run_on_a_gpu_is_the_definition_s(recipe, dtype, pattern, steps, tiny, tmp_path, monkeypatch):
     """train.py from set-up to evaluation, bit for bit: by the definition; by the kernels, decoded (sm_80 to
     sm_90); by the kernels, packed, with FP4 units that follow the definition (Blackwell), though not for
     experts."""
@@ -607,24 +603,19 @@ def test_a_run_on_a_gpu_is_the_definition_s(recipe, dtype, chips, pattern, steps
         return nvfp4.gemm(a.decode(exact), b.decode(exact), a_s_dec * b_s_dec, y_dtype)
 
     def rows(name, **changes):
-        settings = {"arch": "ngpt" if recipe == "ngpt" else "gpt", "recipe": recipe, "dtype": dtype,
-                    "dataset": dataset, "out_dir": tmp_path / name, "pattern": pattern, "n_embd": 32,
-                    "n_head": 2, "n_ffn": 64, "moe_n_expert": 2, "moe_n_active": 1, "mamba_n_head": 16,
-                    "mamba_head_dim": 4, "mamba_n_group": 2, "mamba_n_state": 16,
-                    "block_size": 16, "batch_size": 3, "max_steps": steps, "learning_rate": 1e-2,
-                    "eval_iters": 1, "sample_tokens": 0, "device": "cpu", "compile": False, "fp4_tail": 0,
-                    **changes}
         calls.clear()
-        train.main([f"--{key}={value}" for key, value in settings.items()])
-        return [{key: value for key, value in row.items() if key != "ms"}
-                for row in read_metrics(tmp_path / name)]
+        arch = "ngpt" if recipe == "ngpt" else "gpt"
+        train.main(tiny(tmp_path / name, arch=arch, recipe=recipe, dtype=dtype, pattern=pattern, n_ffn=64,
+                        moe_n_expert=2, moe_n_active=1, mamba_n_head=16, mamba_head_dim=4, mamba_n_group=2,
+                        mamba_n_state=16, block_size=16, batch_size=3, max_steps=steps, fp4_tail=0,
+                        **changes))
+        return [{key: value for key, value in row.items() if key != "ms"} for row in metrics(tmp_path / name)]
     want = rows("definition")
     counted("quantize_both_triton", quantize_both_triton)
     counted("gemm", nvfp4.gemm)
     monkeypatch.setattr(nvfp4, "has_kernels", lambda device: True)
     monkeypatch.setattr(nvfp4, "WAYS", {"scaled_mm": nvfp4.Way(way, 32, 16)})   # not wgrad: of 48 tokens
-    for name in chips:
-        ways = ("scaled_mm",) if name == "sm_100" else ()
+    for name, ways in (("sm_90", ()), ("sm_100", ("scaled_mm",))):
         found = nvfp4.Hardware(False, False, ways, ())
         monkeypatch.setattr(nvfp4, "hardware", lambda device, found=found: found)
         assert rows(name) == want and calls["quantize_both_triton"] > 6

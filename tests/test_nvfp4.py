@@ -551,12 +551,12 @@ def batch(*M):
     return F.normalize(gaussian(*M, 64, seed=1), dim=-1), gaussian(*M, 96, seed=2)
 
 
-def run(layer, x, dy, autocast=False):
-    """y, dx, dw of one forward and backward."""
+def run(layer, x, dy, *ends, autocast=False):
+    """y, dx, dw of one forward and backward; ends: of the rows of experts."""
     x = x.clone().requires_grad_()
     layer.weight.grad = None
     with torch.autocast("cpu", BF16, enabled=autocast):
-        y = layer(x)
+        y = layer(x, *ends)
     y.backward(dy.to(y.dtype))
     return y.detach(), x.grad, layer.weight.grad
 
@@ -630,7 +630,7 @@ def relative_errors(got, x, dy, autocast=False):
 def test_layer_is_its_definition(name, shape, autocast):
     """y, dx and dw bit for bit; 37 tokens count as 48 of which 11 are zero."""
     layer, (x, dy) = make_layer(CONFIGS[name]), batch(*shape)
-    got = run(layer, x, dy, autocast)
+    got = run(layer, x, dy, autocast=autocast)
     x, dy = x.flatten(0, -2), dy.flatten(0, -2)
     want = by_definition(layer, x, dy, autocast)
     assert all_same([g.view_as(w) for g, w in zip(got, want, strict=True)], want)
@@ -653,13 +653,13 @@ def test_quartet2_is_its_definition(autocast):
     two operands, quantized twice, bring noise of at most sqrt(2 * (9.0e-3 + 9.4e-3)) = 0.19."""
     layer = make_layer(RECIPES["quartet2"], N=256, K=128)
     x, dy = gaussian(200, 128), gaussian(200, 256, seed=1)
-    got = run(layer, x, dy, autocast)
+    got = run(layer, x, dy, autocast=autocast)
     assert all_same(got, by_definition(layer, x, dy, autocast))
     plain = by_definition(make_layer(RECIPES["bf16"], N=256, K=128), x, dy, autocast)
     for g, e, most in zip(got, plain, (0.14, 0.19, 0.19), strict=True):
         assert 0.08 < float((g.float() - e.float()).norm() / e.float().norm()) < most
     nvfp4.set_step(layer, SEED, 8)                  # the forward is not random
-    assert alike_by_gemm(run(layer, x, dy, autocast), got) == [True, False, False]
+    assert alike_by_gemm(run(layer, x, dy, autocast=autocast), got) == [True, False, False]
 
 
 @pytest.mark.parametrize("change, differs", (
@@ -707,21 +707,21 @@ def test_recipe_off_is_f_linear(autocast):
     x, dy = batch(2, 32)
     plain, layer, lines = torch.nn.Linear(64, 96, bias=False), make_layer(RECIPES["nvfp4"]), []
     plain.weight.data.copy_(layer.weight.data)
-    want = run(plain, x, dy, autocast)
+    want = run(plain, x, dy, autocast=autocast)
     for recipe in RECIPES.values():
-        assert all_same(run(make_layer(replace(recipe, gemms=())), x, dy, autocast), want), recipe
-    assert not any(alike_by_gemm(run(layer, x, dy, autocast), want))
+        assert all_same(run(make_layer(replace(recipe, gemms=())), x, dy, autocast=autocast), want), recipe
+    assert not any(alike_by_gemm(run(layer, x, dy, autocast=autocast), want))
     with pytest.raises(KeyError), nvfp4.high_precision(layer):
         with nvfp4.high_precision(layer, ("fprop",)):                           # entered twice
-            assert all_same(run(layer, x, dy, autocast), want)
-        assert all_same(run(layer, x, dy, autocast), want)
+            assert all_same(run(layer, x, dy, autocast=autocast), want)
+        assert all_same(run(layer, x, dy, autocast=autocast), want)
         raise KeyError                              # after an evaluation that fails, FP4 is on again
-    before = run(layer, x, dy, autocast)
+    before = run(layer, x, dy, autocast=autocast)
     assert layer.cfg is RECIPES["nvfp4"] and not any(alike_by_gemm(before, want))
     assert convert(torch.nn.Sequential(plain), RECIPES["bf16"], lines.append)[0] is plain
     assert lines == ["converted 0/1 linears: no GEMM is set to run in FP4"]
     layer.bias = torch.nn.Parameter(gaussian(96))   # a bias is added to the GEMM's result
-    assert same(run(layer, x, dy, autocast)[0], before[0] + layer.bias.detach().to(before[0].dtype))
+    assert same(run(layer, x, dy, autocast=autocast)[0], before[0] + layer.bias.detach().to(before[0].dtype))
 
 
 FP8 = PaperConfig(gemms=("fprop",), e5m2=("dgrad",))

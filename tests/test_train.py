@@ -33,8 +33,8 @@ from data.run import UserError, load_checkpoint
 from data.tokens import batch_at, load_data, prepare, read_tokens, val_starts, write_tokens
 from model import ModelConfig, build, flops_per_token, load_model, outline, rank_bytes
 from ranks import tensors_of
-from runs import (BUG, RUNS, Process, contents, differences, each_step, metrics, one_line,
-                  ranks, refusal_of, wait_for)
+from runs import (BUG, RUNS, Process, contents, differences, each_step, files_of, metrics,
+                  one_line, ranks, refusal_of, wait_for)
 from train import load_config, load_run, make_config, unflatten
 
 CAN_COMPILE = nvfp4.can_compile                     # that of the module, which eager() replaces
@@ -68,10 +68,6 @@ def hook(monkeypatch):
     """each_step() of runs.py, for this test."""
     monkeypatch.setattr(train, "training_step", train.training_step)            # to be put back at the end
     return each_step
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def saved_step(folder):

@@ -26,15 +26,7 @@ NEMOTRON = dict(
     ssm_state_size=12, conv_kernel=4, chunk_size=8, time_step_min=1e-12, n_routed_experts=6,
     num_experts_per_tok=2, moe_intermediate_size=48, moe_shared_expert_intermediate_size=96,
     routed_scaling_factor=2.5, layer_norm_epsilon=1e-5, eos_token_id=None, use_cache=True)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                        # more are slower on tensors as tiny as these
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("unfused")
 
 
 def make(pattern, **changes):
