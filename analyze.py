@@ -4,7 +4,6 @@
     python analyze.py losses out/ngpt_bf16 out/ngpt      relative error against the bf16 twin (fig. 5)
     python analyze.py layers out/gpt                     linear layers by the error of their gradient in FP4
     python analyze.py outliers out/gpt                   what clamping a token's outliers is worth
-    python analyze.py quant                              errors of the formats on Gaussians
     python analyze.py -h                                 this text and the options
 
 assets/experiments.py trains many runs and measures them in the same way.
@@ -32,7 +31,8 @@ layers, fc1[0] and so on. Means are over the layers that all runs have; spreads 
 runs that differ in their seed alone.
 
 Letters: T tokens and J output channels in the sample, K terms of a dot product (the papers' D).
-Equations and figures: 2605.06067, sections 3 and 4, appendix B. For fig. 6b run python tests/bench.py layer.
+Equations and figures: 2605.06067, sections 3 and 4, appendix B. Fig. 6b: python tests/bench.py layer.
+Errors of the formats: python papers.py.
 """
 import argparse
 import copy
@@ -175,7 +175,7 @@ def regimes(rho_ngpt, rho_gpt):
     return {"no_gap_below": start, "saturates_above": end, "factor": end / start}
 
 
-# ---------------------------------------------------------------- flatness, rounding, saturation, outliers
+# ---------------------------------------------------------------- flatness, saturation, outliers
 
 ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)          # relative noise of the flatness probe, as in fig. 8
 
@@ -209,14 +209,6 @@ def relative_error(quantized, reference, window=1):
     """
     q, r = (np.convolve(v, np.ones(window) / window, "valid") for v in (quantized, reference))
     return (q - r) / r
-
-
-def rounding_slope(x, draws=16, seed=0, **kw):
-    """<mean, x> / <x, x> of draws of stochastic rounding by quantize(**kw): 1 if it is unbiased, less where
-    large magnitudes saturate."""
-    draws = [quantize(x, stochastic=True, seed=seed + n, **kw) for n in range(1, draws + 1)]
-    mean = sum(q.dequantize().double() for q in draws) / len(draws)
-    return float((mean * x).sum() / x.double().square().sum())
 
 
 def saturated(t, how):
@@ -689,7 +681,7 @@ def over_terms(pairs, terms):
             for g in find(terms, arch="gpt", width=p["width"], recipe=p["gpt"], k=n["k"])]
 
 
-# ---------------------------------------------------------------- losses, layers, outliers, formats
+# ---------------------------------------------------------------- losses, layers, outliers
 
 def losses(folders, o):
     """Fig. 5: FP4 runs against their bf16 twin, which differs in nothing but the recipe."""
@@ -772,29 +764,9 @@ def outliers(folders, o):
     write(o, "outliers", {"results": found, "layers": rows})
 
 
-LITERATURE = {("nvfp4", "nearest, 1x16"): 9.0e-3, ("nvfp4", "nearest, 16x16"): 12.4e-3,
-              ("nvfp4", "stochastic, 1x16, unbiased"): 23.5e-3}
-
-
-def quant(_, o):
-    """Errors of the formats on unit Gaussians, beside table 1 of 2601.22813; bias of stochastic rounding."""
-    x, rows = torch.randn(512, 4096, generator=torch.Generator().manual_seed(o.seed)), []
-    for (name, case), mse in nvfp4.error_table().items():
-        slope = math.nan
-        if "stochastic" in case:
-            slope = rounding_slope(x, seed=o.seed, format=name, unbiased="unbiased" in case)
-        rows.append({"format": name, "case": case, "mse": mse, "snr_db": -float(db(mse)), "slope": slope,
-                     "literature": LITERATURE.get((name, case), math.nan)})
-    print("unit Gaussians: mean square error, and slope <E q, x> / <x, x> of 16 draws of stochastic "
-          "rounding, with\n8 random bits (up to 1/256 of a step short)")
-    table(rows, {"format": "", "case": "", "mse": ".3e", "literature": ".3e", "snr_db": ".2f",
-                 "slope": ".5f"})
-    write(o, "quant", {"results": rows})
-
-
 # ---------------------------------------------------------------- the command line
 
-COMMANDS = {"losses": losses, "layers": layers, "outliers": outliers, "quant": quant}
+COMMANDS = {"losses": losses, "layers": layers, "outliers": outliers}
 OPTIONS = {"out_dir": ("out/analysis", "folder for JSON, picture and the runs of experiments"),
            "tokens": (2048, "tokens in the sample"),
            "channels": (128, "output channels of each layer in the sample"),
@@ -821,14 +793,13 @@ def read_command(name, doc, usage, options, argv):
 
 @command("analyze.py")
 def main(argv):
-    words, o, flags = read_command("analyze.py", __doc__, "[losses, layers, outliers] RUN ..., or quant",
-                                   OPTIONS, argv)
+    words, o, flags = read_command("analyze.py", __doc__, "[losses, layers, outliers] RUN ...", OPTIONS, argv)
     work = COMMANDS.get(words[0], compare)
     folders = words if work is compare else words[1:]
     if flags:
         raise UserError(f"{flags[0]}: no such option; python analyze.py -h lists them")
-    if bool(folders) != (work is not quant):
-        raise UserError(f"{words[0]} takes {'no run folder' if work is quant else 'run folders'}")
+    if not folders:
+        raise UserError(f"{words[0]} takes run folders")
     with nvfp4.use_compiler(False):
         work(folders, o)
 
