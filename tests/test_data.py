@@ -1,6 +1,8 @@
 """Proofs for data/: token files, the BPE trainer, tokenizers, shards, the scripts. None needs a network."""
+import functools
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -27,7 +29,7 @@ from data import shards, tokens
 from data.run import Lines, UserError, write_whole
 from data.tokens import (batch_at, data_folder, load_data, load_tokenizer, prepare, prepare_missing,
                          read_tokens, tokenizer_file, train_bpe, train_starts, val_starts, write_tokens)
-from runs import REPO, files_of
+from runs import REPO, Process, die, files_of
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 ENGLISH = "".join((LIBRARY / name).read_text(encoding="utf-8") for name in ("heapq.py", "argparse.py"))
@@ -694,16 +696,13 @@ def test_interrupted_preparation_leaves_the_old_dataset(tmp_path):
     with pytest.raises(UserError, match="does not fit 1024 bytes"):
         prepare_again(310, "s" * 2000)
     assert files_of(tmp_path) == before
-    code = (f"import os, signal, sys; sys.path.insert(0, {str(REPO)!r}); from data import tokens\n"
-            "real, count = os.OPERATION, []\n"
-            "def die(*args):\n"
-            "    count.append(0)\n"
-            "    return real(*args) if len(count) < 3 else os.kill(os.getpid(), signal.SIGKILL)\n"
-            "os.OPERATION = die\n"
-            f"tokens.prepare([sys.argv[1]], [sys.argv[1][:5000]], {str(tmp_path)!r}, 'a test', 'bpe', 310)")
+
+    def die_at_the_third(operation):
+        real, calls = getattr(os, operation), itertools.count(1)
+        setattr(os, operation, lambda *args: real(*args) if next(calls) < 3 else die())
     for operation in ("fsync", "replace"):
-        command = [sys.executable, "-c", code.replace("OPERATION", operation), ENGLISH]
-        assert subprocess.run(command, timeout=60).returncode == -signal.SIGKILL
+        process = Process(lambda: prepare_again(310), functools.partial(die_at_the_third, operation))
+        assert process.end() == (-signal.SIGKILL, "")
         if operation == "fsync":
             assert {name: (tmp_path / name).read_bytes() for name in before} == before
     read_tokens(tmp_path / "train.bin")             # this one was replaced

@@ -13,6 +13,7 @@ from export import export, main, tokenizer_json
 from model import generate
 from runs import flags_of, refusal_of
 from test_data import ENGLISH, FOREIGN
+from test_hybrid import far
 
 MISSING = "is not there: pip install -r tests/requirements.txt"
 HYBRID = {"pattern": "ME*-M", "rope_base": 0, "mamba_n_head": 16, "mamba_head_dim": 4, "mamba_n_group": 2,
@@ -35,10 +36,6 @@ def run(tmp_path_factory):
         train.main(flags_of(data, out_dir, **settings))
         return out_dir
     return folder
-
-
-def far(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def loaded(folder, dtype):

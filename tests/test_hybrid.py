@@ -12,14 +12,14 @@ import torch.nn.functional as F
 
 import model as model_file
 import nvfp4
-import oracle
 import train
 from model import (ExpertLinear, ModelConfig, MoE, build, count_parameters, flops_per_token,
                    gather, generate, ssm, ssm_chunked, unit)
-from nvfp4 import FORMATS, OPERANDS, RECIPES, FP4Config, FP4Linear, quantize
+from nvfp4 import FORMATS, OPERANDS, RECIPES, FP4Config, FP4Linear
 from papers import PaperConfig
 from runs import REPO
-from test_nvfp4 import PLACE, as_paper, run
+from test_model import tokens
+from test_nvfp4 import PLACE, as_paper, quantized, run
 
 # every size a multiple of 16, as FP4 wants it: in_proj makes 128 z, 128 + 2 * 64 x B C and 16 dt
 SMALL = ModelConfig(pattern="ME*-", n_embd=64, n_head=4, n_kv_head=2, n_ffn=48, block_size=32, vocab_size=80,
@@ -38,10 +38,6 @@ def make(arch="gpt", **changes):
 
 def make_mixer(letter, arch="gpt", **changes):
     return make(arch, pattern=letter, **changes).blocks[0].mixer
-
-
-def tokens(B=2, T=32):
-    return torch.randint(0, 80, (B, T))
 
 
 def far(a, b):
@@ -540,24 +536,16 @@ def expert_by_expert(layer, x, dy, ends, autocast=False):
     E, N, _ = w.shape
     spans = list(itertools.pairwise([0, *ends.tolist()]))
 
-    def quantized(name, t):
-        gemm_name, kind = name.split(".")
-        signs = cfg.signs_of(gemm_name, layer.keys) if gemm_name in cfg.hadamard else None
-        square, amax = kind == "w" and cfg.square_weights, {"x": cfg.input_amax, "w": cfg.weight_amax}
-        forward = gemm_name == "fprop" or square or cfg.backward_format is None
-        return quantize(t, cfg.format if forward else cfg.backward_format, square, name in cfg.stochastic,
-                        seed=oracle.stream_key(*PLACE, layer.index, OPERANDS.index(name)),
-                        amax=amax.get(kind, cfg.grad_amax), signs=signs)
-
     def operand(name, t):
         if name.split(".")[0] not in cfg.gemms:
             return t.to(dtype).double()
-        q = quantized(name, t)
+        q = quantized(layer, name, t)
         return q.decode().double() * q.s_dec.double()
     w = w.flatten(0, 1)
     x_rows, w_rows = operand("fprop.x", x), operand("fprop.w", w)
     if cfg.reuse_codes:
-        x, w = quantized("fprop.x", x).dequantize(dtype), quantized("fprop.w", w).dequantize()
+        x, w = (quantized(layer, "fprop.x", x).dequantize(dtype),
+                quantized(layer, "fprop.w", w).dequantize())
     dy_rows, w_columns = operand("dgrad.dy", dy), operand("dgrad.w", w.t())
     dy_columns, x_columns = operand("wgrad.dy", dy.t()), operand("wgrad.x", x.t())
     results = []

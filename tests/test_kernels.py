@@ -302,15 +302,15 @@ def test_the_native_kernel_reads_swizzled_scales():
 
 
 def definition_of_codes(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
-    """matmul() of codes by their definition, decoded in fp32: what the FP4 units of a GPU that is not here
-    would give. Rounded to dtype by torch."""
+    """matmul() of codes by their definition: what the FP4 units of a GPU that is not here would give."""
+    assert a_scales.dim() == b_scales.dim() == 5                                # swizzled
+    exact = nvfp4.gemm_dtype(a.device, dtype)
     a, b = Quantized(a, a_scales, a_s_dec), Quantized(b, b_scales, b_s_dec)
-    return nvfp4.gemm(a.decode(FP32), b.decode(FP32), a_s_dec * b_s_dec, FP32).to(dtype)
+    return nvfp4.gemm(a.decode(exact), b.decode(exact), a_s_dec * b_s_dec, dtype)
 
 
 def native_kernel(a, a_scales, a_s_dec, b, b_scales, b_s_dec, y, M, N, K, **options):
     """In place of the kernel of matmul_dot_scaled."""
-    assert a_scales.dim() == b_scales.dim() == 5
     y.copy_(definition_of_codes(a, a_scales, a_s_dec, b, b_scales, b_s_dec, y.dtype))
 
 
@@ -595,12 +595,9 @@ def test_a_run_on_a_gpu_is_the_definition_s(recipe, dtype, pattern, steps, tiny,
             return function(*args, **kwargs)
         monkeypatch.setattr(nvfp4, name, run)
 
-    def way(a, a_scales, a_s_dec, b, b_scales, b_s_dec, y_dtype):
+    def way(*operands_and_dtype):
         calls["way"] += 1
-        assert a_scales.dim() == b_scales.dim() == 5                            # swizzled by the kernels
-        exact = nvfp4.gemm_dtype(a.device, y_dtype)
-        a, b = Quantized(a, a_scales, a_s_dec), Quantized(b, b_scales, b_s_dec)
-        return nvfp4.gemm(a.decode(exact), b.decode(exact), a_s_dec * b_s_dec, y_dtype)
+        return definition_of_codes(*operands_and_dtype)
 
     def rows(name, **changes):
         calls.clear()

@@ -10,7 +10,7 @@ import shutil
 import warnings
 from dataclasses import replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from itertools import combinations, product
 
 import numpy as np
@@ -570,29 +570,32 @@ def all_same(got, want):
     return all(alike_by_gemm(got, want))
 
 
+def quantized(layer, name, t):
+    """One of OPERANDS as its recipe has it: t, with rows along the summed axis, rotated and quantized."""
+    cfg, (gemm_name, kind) = as_paper(layer.cfg), name.split(".")
+    if gemm_name in cfg.hadamard:
+        fresh = cfg.hadamard_signs == "fresh"
+        t = hadamard(t, signs_of("fresh", cfg.hadamard_size, gemm_name, layer.keys) if fresh
+                     else ROTATIONS[f"{cfg.hadamard_signs}, {cfg.hadamard_size}"])
+    square = kind == "w" and cfg.square_weights
+    forward = gemm_name == "fprop" or square or cfg.backward_format is None
+    return quantize(t, cfg.format if forward else cfg.backward_format, square, name in cfg.stochastic,
+                    seed=oracle.stream_key(*PLACE, layer.index, OPERANDS.index(name)),
+                    amax={"x": cfg.input_amax, "w": cfg.weight_amax, "dy": cfg.grad_amax}[kind])
+
+
 def by_definition(layer, x, dy, autocast=False):
     """y, dx, dw written out: pad tokens and output channels, rotate, quantize rows along the summed axis,
     multiply."""
     cfg, w, dtype = as_paper(layer.cfg), layer.weight.detach(), BF16 if autocast else FP32
-    (N, _), M, backward = w.shape, len(x), cfg.backward_format or cfg.format
-    blocks = FORMATS[cfg.format].block, FORMATS[backward].block
+    (N, _), M = w.shape, len(x)
+    blocks = FORMATS[cfg.format].block, FORMATS[cfg.backward_format or cfg.format].block
     tokens = -M % max(blocks[1], cfg.hadamard_size if "wgrad" in cfg.hadamard else 1)
     channels = -N % max(*blocks, cfg.hadamard_size if "dgrad" in cfg.hadamard else 1)
     x, dy, w = (F.pad(t, shape) for t, shape in (
         (x.to(dtype), (0, 0, 0, tokens)), (dy.to(dtype), (0, channels, 0, tokens)), (w, (0, 0, 0, channels))))
 
-    def operand(name, t):
-        gemm_name, kind = name.split(".")
-        fresh = cfg.hadamard_signs == "fresh"
-        signs = (signs_of("fresh", cfg.hadamard_size, gemm_name, layer.keys) if fresh
-                 else ROTATIONS[f"{cfg.hadamard_signs}, {cfg.hadamard_size}"])
-        forward = gemm_name == "fprop" or (kind == "w" and cfg.square_weights)
-        return quantize(hadamard(t, signs) if gemm_name in cfg.hadamard else t,
-                        cfg.format if forward else backward,
-                        square=kind == "w" and cfg.square_weights, stochastic=name in cfg.stochastic,
-                        seed=oracle.stream_key(*PLACE, layer.index, OPERANDS.index(name)),
-                        amax={"x": cfg.input_amax, "w": cfg.weight_amax, "dy": cfg.grad_amax}[kind])
-
+    operand = partial(quantized, layer)
     outliers, master = torch.zeros_like(x), w
     quantizes = "fprop" in cfg.gemms
     if cfg.occ is not None and quantizes:
@@ -1305,7 +1308,6 @@ def test_values_are_the_oracle_s(name, kind):
             assert not same(wrong.dequantize(), want)
 
 
-
 MXFP4 = {"mxfp4": "RCEIL", "mxfp4_floor": "FLOOR"}  # what torchao calls its way to a scale
 
 
@@ -1679,8 +1681,6 @@ def test_occ_restores_the_outliers_product():
     both = [snr(occ, True) for occ in (0.999, 0.99, 0.97)]
     assert far < none < clamp < both[0] < both[1] < both[2], (none, clamp, far, both)
 
-
-# ---------------------------------------------------------------- a uniform grid: UFP4
 
 # ---------------------------------------------------------------- three levels of scales: HiF4
 

@@ -33,7 +33,7 @@ from data.run import UserError, load_checkpoint
 from data.tokens import batch_at, load_data, prepare, read_tokens, val_starts, write_tokens
 from model import ModelConfig, build, flops_per_token, load_model, outline, rank_bytes
 from ranks import tensors_of
-from runs import (BUG, RUNS, Process, contents, differences, each_step, files_of, metrics,
+from runs import (BUG, RUNS, Process, contents, die, differences, each_step, files_of, metrics,
                   one_line, ranks, refusal_of, wait_for)
 from train import load_config, load_run, make_config, unflatten
 
@@ -72,10 +72,6 @@ def hook(monkeypatch):
 
 def saved_step(folder):
     return load_checkpoint(folder / "ckpt.pt")["step"]
-
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 # ---------------------------------------------------------------- CUDA graphs

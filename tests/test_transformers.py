@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model import ModelConfig, build, generate
+from test_hybrid import far, weighted
 
 pytest.importorskip("transformers", reason="transformers is not there: pip install -r tests/requirements.txt")
 from transformers import Mamba2Config, NemotronHConfig, NemotronHForCausalLM
@@ -83,18 +84,12 @@ def mamba2_mixer():
     return Mamba2Mixer(config, layer_idx=0)
 
 
-def far(a, b):
-    """Largest distance of a from b, relative to the largest of b."""
-    return float((a.detach() - b.detach()).abs().max() / b.detach().abs().max())
-
-
 def with_gradients(f, x, parameters):
     """y and the gradients of x and of named parameters, for a fixed gradient of y."""
     x = x.clone().requires_grad_()
     y = f(x)
     y = y[0] if isinstance(y, tuple) else y
-    weights = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
-    found = torch.autograd.grad((y * weights).sum(), [x, *parameters.values()])
+    found = torch.autograd.grad(weighted(y), [x, *parameters.values()])
     return y.detach(), found[0], dict(zip(parameters, found[1:], strict=True))
 
 
