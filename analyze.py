@@ -674,11 +674,9 @@ def against(layers):
 
 def over_terms(pairs, terms):
     """The gap of sums of k terms, measured and by eq. 5 (fig. 4)."""
-    return [{"width": p["width"], "ngpt": p["ngpt"], "gpt": p["gpt"], "k": n["k"],
-             "gap_db": n["dot"][0] - g["dot"][0],
-             "eq5_db": float(db(eq5(n["k"], p["rho_s_ngpt"][0], p["rho_s_gpt"][0])))}
-            for p in pairs for n in find(terms, arch="ngpt", width=p["width"], recipe=p["ngpt"])
-            for g in find(terms, arch="gpt", width=p["width"], recipe=p["gpt"], k=n["k"])]
+    return [mine | {"k": n["k"], "gap_db": n["dot"][0] - g["dot"][0],
+                    "eq5_db": float(db(eq5(n["k"], p["rho_s_ngpt"][0], p["rho_s_gpt"][0])))}
+            for mine, n, g in pairs_of(terms, "k") for p in find(pairs, **mine)]
 
 
 # ---------------------------------------------------------------- losses, layers, outliers
