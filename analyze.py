@@ -3,7 +3,6 @@
     python analyze.py out/gpt out/ngpt                   tables, analysis.json, analysis.png (fig. 1-4 and 8)
     python analyze.py losses out/ngpt_bf16 out/ngpt      relative error against the bf16 twin (fig. 5)
     python analyze.py layers out/gpt                     linear layers by the error of their gradient in FP4
-    python analyze.py outliers out/gpt                   what clamping a token's outliers is worth
     python analyze.py -h                                 this text and the options
 
 assets/experiments.py trains many runs and measures them in the same way.
@@ -58,7 +57,7 @@ from data.run import UserError, command, naming, read_json, read_metrics, write_
 from data.tokens import batch_at, load_data, val_starts
 from model import build
 from nvfp4 import FORMATS, OPERANDS, RECIPES, fill_up, hadamard, quantize, whole
-from papers import split_outliers, weight_gradients
+from papers import weight_gradients
 from train import OWN_RECIPE
 
 # ---------------------------------------------------------------- signal, noise, correlation
@@ -175,7 +174,7 @@ def regimes(rho_ngpt, rho_gpt):
     return {"no_gap_below": start, "saturates_above": end, "factor": end / start}
 
 
-# ---------------------------------------------------------------- flatness, saturation, outliers
+# ---------------------------------------------------------------- flatness, saturation
 
 ALPHAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)          # relative noise of the flatness probe, as in fig. 8
 
@@ -219,20 +218,6 @@ def saturated(t, how):
     height, width = FORMATS[how["format"]].shape_of(how["square"])
     blocks = t.unflatten(1, (-1, width)).unflatten(0, (-1, height))
     return float((blocks.abs().amax((1, 3)) > how["amax"]).double().mean())
-
-
-# Case: (quantile, whether outliers are added again, SNR of 2501.17116's 1.3B model at 30k steps).
-CLAMPS = {"no clamp": (1.0, False, 8.31), "clamp 0.999": (0.999, False, 14.25),
-          "clamp 0.99": (0.99, False, math.nan), "clamp 0.97": (0.97, False, math.nan),
-          "clamp 0.999 + rest": (0.999, True, 15.31), "clamp 0.99 + rest": (0.99, True, 18.38),
-          "clamp 0.97 + rest": (0.97, True, 20.88)}
-
-
-def fidelity(x, quantile, compensate):
-    """SNR in dB of activations x (M, K) when each row's outliers are clamped and the row is rounded in a
-    scale of its own. compensate: the parts cut off are added again."""
-    clamped, rest = split_outliers(x, quantile)
-    return float(db(snr(x, quantize(clamped, "e2m1_vector").dequantize() + compensate * rest)))
 
 
 # ---------------------------------------------------------------- recording the six operands
@@ -679,7 +664,7 @@ def over_terms(pairs, terms):
             for mine, n, g in pairs_of(terms, "k") for p in find(pairs, **mine)]
 
 
-# ---------------------------------------------------------------- losses, layers, outliers
+# ---------------------------------------------------------------- losses, layers
 
 def losses(folders, o):
     """Fig. 5: FP4 runs against their bf16 twin, which differs in nothing but the recipe."""
@@ -743,28 +728,9 @@ def layer_errors(run, o):
     return rows
 
 
-def outliers(folders, o):
-    """How faithful activations stay when outliers are clamped, as 2501.17116 section 3.3 has it."""
-    rows = []
-    for run in read_runs(folders):
-        model, _, batches = open_run(run["run"])
-        for name, operands in record(model, batches, o.tokens, o.seed).items():
-            x, _ = operands["fprop.x"]
-            for of, matrix in (("token", x), ("tensor", x.reshape(1, -1))):     # all of it as one row
-                rows += [run["kind"] | {"layer": name, "of": of, "case": case, "paper": paper,
-                                        "snr": fidelity(matrix, *how)}
-                         for case, (*how, paper) in CLAMPS.items() if len(x)]
-    found = [row | {"paper": row["paper"][0]} for row in over_seeds(rows, *KIND, "of", "case")]
-    print("activations as they enter FP4 layers, in 4 bits with scale and quantiles of a token, or of the "
-          "tensor:\nSNR in dB, and the paper's, which does not say of which; means over layers, below: "
-          "deviations over seeds")
-    table(found, HEAD | {"of": "", "case": "", "snr": ".2f", "paper": ".2f"})
-    write(o, "outliers", {"results": found, "layers": rows})
-
-
 # ---------------------------------------------------------------- the command line
 
-COMMANDS = {"losses": losses, "layers": layers, "outliers": outliers}
+COMMANDS = {"losses": losses, "layers": layers}
 OPTIONS = {"out_dir": ("out/analysis", "folder for JSON, picture and the runs of experiments"),
            "tokens": (2048, "tokens in the sample"),
            "channels": (128, "output channels of each layer in the sample"),
@@ -791,7 +757,7 @@ def read_command(name, doc, usage, options, argv):
 
 @command("analyze.py")
 def main(argv):
-    words, o, flags = read_command("analyze.py", __doc__, "[losses, layers, outliers] RUN ...", OPTIONS, argv)
+    words, o, flags = read_command("analyze.py", __doc__, "[losses, layers] RUN ...", OPTIONS, argv)
     work = COMMANDS.get(words[0], compare)
     folders = words if work is compare else words[1:]
     if flags:
