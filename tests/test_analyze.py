@@ -527,21 +527,6 @@ def test_losses(out, tmp_path, capsys):
     assert "all are bf16 runs" in refusal("losses", out / "ngpt_bf16_2")
 
 
-def test_layers_by_the_error_of_their_gradient(out, tmp_path, capsys):
-    """By all of the backward the error is larger, but in the last layer, whose dy is exact."""
-    run("layers", out / "gpt_nvfp4_1", f"--out_dir={tmp_path}")
-    rows = json.loads((tmp_path / "layers.json").read_text())["results"]
-    found = {row["layer"]: row for row in rows}
-    assert len(found) == len(rows) == 8             # those of the tail too
-    errors = [row["wgrad"][0] for row in rows]
-    assert errors == sorted(errors, reverse=True) and all(0.01 < error < 0.5 for error in errors)
-    assert found["blocks.0.mixer.qkv"]["backward"][0] > 1.01 * found["blocks.0.mixer.qkv"]["wgrad"][0]
-    assert found["blocks.3.mixer.fc2"]["wgrad"] == found["blocks.3.mixer.fc2"]["backward"]
-    assert sum(row["share"] for row in rows) == pytest.approx(1, rel=1e-5)
-    assert found["blocks.0.mixer.out"]["share"] == pytest.approx(32 * 32 / (2 * (4 * 32 * 32 + 2 * 32 * 64)))
-    assert f"{100 * errors[0]:.2f}%" in capsys.readouterr().out
-
-
 WRONG = {
     ("no_such_run",): "no_such_run/config.json",
     ("RUN", "--token=3"): "--token=3: no such option",
@@ -560,10 +545,8 @@ def test_wrong_input_is_one_line(out, tmp_path, wrong):
 
 
 def test_unfit_runs_are_one_line(tiny, out, tmp_path):
-    for name, flag in (("tail", {"fp4_tail": 1}), ("half", {"fp4_gemms": "fprop"})):
-        train.main(tiny(tmp_path / name, arch="gpt", n_layer=2, n_ffn=64, max_steps=1, **flag))
+    train.main(tiny(tmp_path / "tail", arch="gpt", n_layer=2, n_ffn=64, max_steps=1, fp4_tail=1))
     assert "nvfp4 must quantize a layer" in refusal(tmp_path / "tail")
-    assert "nvfp4 must have wgrad in FP4" in refusal("layers", tmp_path / "half")
     assert "differ in max_steps" in refusal(out / "gpt_nvfp4_1", tmp_path / "tail")
     (tmp_path / "tail" / "ckpt.pt").unlink()
     assert "no checkpoint there" in refusal(tmp_path / "tail")
