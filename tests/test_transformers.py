@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from export import TYPES, matrices_of, names
-from model import ModelConfig, build, generate
-from test_hybrid import far, weighted
+from model import ModelConfig, MoE, build, generate
+from test_hybrid import far, scramble, weighted
 
 pytest.importorskip("transformers", reason="transformers is not there: pip install -r tests/requirements.txt")
 from transformers import Mamba2Config, NemotronHConfig, NemotronHForCausalLM
@@ -33,15 +33,10 @@ pytestmark = pytest.mark.usefixtures("unfused")
 def make(pattern, **changes):
     """Our model with every parameter at random, those that begin at a round number too."""
     model = build(replace(SMALL, pattern=pattern, **changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 1:
-                p += 0.3 * torch.randn_like(p)
-        for block in model.blocks:
-            for bias in block.mixer.buffers():
-                bias.normal_(std=0.2)
-            if hasattr(block.mixer, "load"):
-                block.mixer.load.zero_()
+    scramble(model)
+    for block in model.blocks:
+        if isinstance(block.mixer, MoE):
+            block.mixer.bias.normal_(std=0.2)
     return model
 
 
