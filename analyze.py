@@ -2,7 +2,6 @@
 
     python analyze.py out/gpt out/ngpt                   tables, analysis.json, analysis.png (fig. 1-4 and 8)
     python analyze.py losses out/ngpt_bf16 out/ngpt      relative error against the bf16 twin (fig. 5)
-    python analyze.py layers out/gpt                     linear layers by the error of their gradient in FP4
     python analyze.py outliers out/gpt                   what clamping a token's outliers is worth
     python analyze.py quant                              errors of the formats on Gaussians
     python analyze.py -h                                 this text and the options
@@ -43,7 +42,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -58,7 +56,7 @@ from data.run import UserError, command, naming, read_json, read_metrics, write_
 from data.tokens import batch_at, load_data, val_starts
 from model import build
 from nvfp4 import FORMATS, OPERANDS, RECIPES, fill_up, hadamard, quantize, whole
-from papers import split_outliers, weight_gradients
+from papers import split_outliers
 from train import OWN_RECIPE
 
 # ---------------------------------------------------------------- signal, noise, correlation
@@ -500,13 +498,13 @@ def read_runs(folders):
     return runs
 
 
-def open_run(folder, **changes):
-    """A run's model, converted by its recipe with changes; the name of the recipe; four batches held out."""
+def open_run(folder):
+    """A run's model, converted by its recipe; the name of the recipe; four batches held out."""
     model, _, c = train.load_run(folder)
     device, _ = train.choose_device(replace(c, device="auto"))
     model.activation_checkpointing = c.activation_checkpointing
     recipe = c.recipe if "fprop" in c.fp4.gemms else OWN_RECIPE[c.model.arch]
-    cfg = replace(c.fp4 if recipe == c.recipe else RECIPES[recipe], **changes)
+    cfg = c.fp4 if recipe == c.recipe else RECIPES[recipe]
     nvfp4.convert(model.to(device), cfg, report=lambda line: None)
     if not nvfp4.fp4_layers(model):
         raise UserError(f"{folder}: {recipe} must quantize a layer; give a run that has some in FP4")
@@ -682,14 +680,12 @@ def against(layers):
 
 def over_terms(pairs, terms):
     """The gap of sums of k terms, measured and by eq. 5 (fig. 4)."""
-    return [{"width": p["width"], "ngpt": p["ngpt"], "gpt": p["gpt"], "k": n["k"],
-             "gap_db": n["dot"][0] - g["dot"][0],
-             "eq5_db": float(db(eq5(n["k"], p["rho_s_ngpt"][0], p["rho_s_gpt"][0])))}
-            for p in pairs for n in find(terms, arch="ngpt", width=p["width"], recipe=p["ngpt"])
-            for g in find(terms, arch="gpt", width=p["width"], recipe=p["gpt"], k=n["k"])]
+    return [mine | {"k": n["k"], "gap_db": n["dot"][0] - g["dot"][0],
+                    "eq5_db": float(db(eq5(n["k"], p["rho_s_ngpt"][0], p["rho_s_gpt"][0])))}
+            for mine, n, g in pairs_of(terms, "k") for p in find(pairs, **mine)]
 
 
-# ---------------------------------------------------------------- losses, layers, outliers, formats
+# ---------------------------------------------------------------- losses, outliers, formats
 
 def losses(folders, o):
     """Fig. 5: FP4 runs against their bf16 twin, which differs in nothing but the recipe."""
@@ -720,37 +716,6 @@ def losses(folders, o):
          curves(find(points, width=width), "tokens", "percent", markevery=some, errorevery=some),
          {"yscale": "symlog", "yticks": (-1, 0, 1, 10)})
         for width in sorted({row["width"] for row in final})])
-
-
-def layers(folders, o):
-    """Which layers 2509.25149 section 4.1 would keep in BF16: those with the largest error of dw. The layers
-    of the recipe's tail are measured too."""
-    rows = [row for run in read_runs(folders) for row in layer_errors(run, o)]
-    found = over_seeds(rows, *KIND, "quantized_as", "layer")
-    found = [row | {"share": row["share"][0]} for row in found]
-    found.sort(key=lambda row: (*(row[k] for k in KIND), -row["wgrad"][0]))
-    print("relative error of dw, worst first: wgrad alone in FP4, and all of the backward; share of these "
-          "layers'\nparameters; below each row the standard deviation over seeds")
-    table(found, HEAD | {"quantized_as": "", "layer": "", "wgrad": ".2%", "backward": ".2%", "share": ".1%"})
-    write(o, "layers", {"results": found})
-
-
-def layer_errors(run, o):
-    """Rows of a run's linear layers, one for each batch: the relative error of dw where wgrad alone runs in
-    FP4, and where all of the backward does; the layer's share of their parameters."""
-    model, recipe, batches = open_run(run["run"], tail=0.0, head_blocks=0)
-    if "wgrad" not in nvfp4.fp4_layers(model)[0].cfg.gemms:
-        raise UserError(f"{run['run']}: {recipe} must have wgrad in FP4; give a run with another recipe")
-    n_weights = sum(m.weight.numel() for m in nvfp4.fp4_layers(model))
-    rows, kind = [], run["kind"] | {"quantized_as": recipe}
-    for n, batch in enumerate(progress(batches, run["run"])):
-        nvfp4.set_step(model, o.seed, 0, n)
-        exact, wgrad, backward = (weight_gradients(model, partial(model, *batch), high)
-                                  for high in (("dgrad", "wgrad"), ("dgrad",), ()))
-        rows += [kind | {"layer": name, "wgrad": float(snr(dw, wgrad[name]) ** -0.5),
-                         "backward": float(snr(dw, backward[name]) ** -0.5),
-                         "share": dw.numel() / n_weights} for name, dw in exact.items()]
-    return rows
 
 
 def outliers(folders, o):
@@ -794,7 +759,7 @@ def quant(_, o):
 
 # ---------------------------------------------------------------- the command line
 
-COMMANDS = {"losses": losses, "layers": layers, "outliers": outliers, "quant": quant}
+COMMANDS = {"losses": losses, "outliers": outliers, "quant": quant}
 OPTIONS = {"out_dir": ("out/analysis", "folder for JSON, picture and the runs of experiments"),
            "tokens": (2048, "tokens in the sample"),
            "channels": (128, "output channels of each layer in the sample"),
@@ -821,7 +786,7 @@ def read_command(name, doc, usage, options, argv):
 
 @command("analyze.py")
 def main(argv):
-    words, o, flags = read_command("analyze.py", __doc__, "[losses, layers, outliers] RUN ..., or quant",
+    words, o, flags = read_command("analyze.py", __doc__, "[losses, outliers] RUN ..., or quant",
                                    OPTIONS, argv)
     work = COMMANDS.get(words[0], compare)
     folders = words if work is compare else words[1:]

@@ -27,21 +27,13 @@ from nvfp4 import (E2M1, E2M1_MAX, E4M3_MAX, FORMATS, GEMMS, OPERANDS, RECIPES, 
 
 
 def e8m0_scales(blocks, s_enc, target):
-    """The smallest power of two that brings the block to target or below. Nothing saturates.
+    """The smallest power of two that brings the block to target or below. Nothing saturates at a target of 6.
 
     source  2509.25149 appendix B
     """
     amax_b = block_amax(blocks)
     mantissa, exponent = torch.frexp(amax_b.clamp(min=2.0**-126))               # 0.5 <= mantissa < 1
     return power_of_two(exponent - 3 + (mantissa > target / 8), amax_b)
-
-
-def e8m0_floor_scales(blocks, s_enc, target):
-    """The same by the OCP specification of 2023: 2^(floor(log2(amax_b)) - 2). The block's largest magnitude
-    lands in [4, 8), and saturates beyond 6."""
-    amax_b = block_amax(blocks)
-    _, exponent = torch.frexp(amax_b.clamp(min=2.0**-126))
-    return power_of_two(exponent - 3, amax_b)
 
 
 def power_of_two(exponent, amax_b):
@@ -52,7 +44,9 @@ def power_of_two(exponent, amax_b):
 
 MXFP4 = Format("mxfp4", block=32, top=None, scales=e8m0_scales, scale_dtype=torch.float8_e8m0fnu)
 FORMATS["mxfp4"] = MXFP4
-FORMATS["mxfp4_floor"] = replace(MXFP4, name="mxfp4_floor", scales=e8m0_floor_scales)
+# By the OCP specification of 2023 a scale is 2^(floor(log2(amax_b)) - 2): the block's largest magnitude lands
+# in [4, 8), and saturates beyond 6.
+FORMATS["mxfp4_floor"] = replace(MXFP4, name="mxfp4_floor", target=8.0)
 
 
 # ---------------------------------------------------------------- four over six: 2512.02010

@@ -110,20 +110,21 @@ def sweep(folder):
         temporary.unlink(missing_ok=True)
 
 
-def parse_object(text, where):
-    """The JSON object in bytes of UTF-8, as a dict; JSON has neither NaN nor infinity, so we refuse them.
-
-    raises UserError that begins with where
-    """
-    def refuse(constant):
-        raise ValueError(constant)
+def json_object(text):
+    """The JSON object in bytes of UTF-8, as a dict, or None. NaN and a byte order mark may be there."""
     try:
-        found = json.loads(text.decode(), parse_constant=refuse)
-        if isinstance(found, dict):
-            return found
+        found = json.loads(text.decode("utf-8-sig"))
+        return found if isinstance(found, dict) else None
     except (ValueError, RecursionError):            # no UTF-8, no JSON, or nested without end
-        pass
-    raise UserError(f"{where}: damaged, no JSON object")
+        return None
+
+
+def parse_object(text, where):
+    """json_object(), which must be there. raises UserError that begins with where"""
+    found = json_object(text)
+    if found is None:
+        raise UserError(f"{where}: damaged, no JSON object")
+    return found
 
 
 def read_json(path):
@@ -181,8 +182,7 @@ def read_metrics(folder):
     path, rows, next_step = Path(folder, "metrics.jsonl"), [], None
     with naming(path):
         *lines, last = path.read_bytes().split(b"\n")
-    with contextlib.suppress(UserError):
-        parse_object(last, path)
+    if json_object(last) is not None:
         lines.append(last)
     for number, line in enumerate(lines, 1):
         row = parse_object(line, f"{path}, line {number}")

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.run import Lines, UserError, naming, sweep, write_whole
+from data.run import Lines, UserError, json_object, naming, parse_object, sweep, write_whole
 from data.tokens import (MIN_SPLIT_BYTES, encode, load_tokenizer, make_tokenizer, read_tokenizer_file,
                          read_tokens, shard_path, token_file, write_tokens)
 
@@ -207,15 +207,6 @@ def kind_of(path):
     return kind
 
 
-def json_object(line):
-    """A JSON object in bytes, as a dict; None for all else. NaN and a byte order mark may be there."""
-    try:
-        found = json.loads(line)
-        return found if isinstance(found, dict) else None
-    except (ValueError, RecursionError):
-        return None
-
-
 def documents(corpus, number, n_slices):
     """The texts that begin in a slice, in order, but for empty ones. raises: UserError naming the file"""
     total = sum(size for _, size in corpus.files)
@@ -266,9 +257,7 @@ def json_texts(file, field, size, start, end):
         where = f"the line at byte {file.tell():,}"
         line = file.readline()
         if line.strip():
-            record = json_object(line)
-            if record is None:
-                raise UserError(f"{where}: damaged, no JSON object")
+            record = parse_object(line, where)
             if field not in record:
                 raise UserError(f"{where} has no {field}, but {', '.join(record)}; give another --field")
             yield record[field]

@@ -289,12 +289,11 @@ def read_tokenizer_file(folder):
     path = Path(folder, "tokenizer.json")
     try:
         saved = read_json(path)
-        if isinstance(saved.get("name"), str):
-            return saved
-        what = f"{path}: damaged, it has no name"
+        if not isinstance(saved.get("name"), str):
+            raise UserError(f"{path}: damaged, it has no name")
     except UserError as error:
-        what = error
-    raise UserError(f"{what}; run: {_prepare_command(folder)}")
+        raise UserError(f"{error}; run: {_prepare_command(folder)}") from None
+    return saved
 
 
 def _load_gpt2():

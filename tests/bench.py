@@ -5,7 +5,6 @@ and the memory that a layer keeps for its backward.
     python tests/bench.py layer        one transformer layer in BF16 and in FP4, by width (2605.06067 fig. 6b)
     python tests/bench.py step ngpt_124m --recipe=ngpt    a training step of a config: time, MFU, peak memory,
                                        and the longest kernels (on a CPU: operators)
-    python tests/bench.py --json       one JSON object on stdout: capability, rows; with layer too
     python tests/bench.py -h           this page
 
 All rows are measured side by side in one process, set up as train.py sets itself up, because a number alone
@@ -27,7 +26,6 @@ bf16 in its name elsewhere has fp32 there. The line about the machine tells whic
 import contextlib
 import gc
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -414,30 +412,21 @@ def main(argv):
             sys.exit("tests/bench.py: step takes a config, as in step ngpt_124m --recipe=ngpt")
         print(nvfp4.capability())
         return print_step(argv[1:])
-    for word in argv:
-        if word not in ("layer", "--json"):
-            sys.exit(f"tests/bench.py: {word}: no such argument; it takes layer, step, --json, -h or nothing")
+    if argv not in ([], ["layer"]):
+        sys.exit(f"tests/bench.py: {argv[-1]}: no such argument; it takes layer, step, -h or nothing")
     _, device, dtype = train.meet(train.make_config({}))
-    sizes, layer, capability = SIZES[device.type], "layer" in argv, nvfp4.capability(device)
-    emulated = nvfp4.decoded_dtype(device, "nvfp4", torch.bfloat16) is not None
-    rows = layer_rows(device, dtype, sizes) if layer else benchmark(device, sizes)
-    if "--json" in argv:
-        result = {"capability": capability, "emulated": emulated}
-        if layer:
-            result |= {"tokens": sizes.length, "dtype": name_of(dtype)}
-        print(json.dumps(result | {"rows": list(rows)}))
-        return
+    sizes, emulated = SIZES[device.type], nvfp4.decoded_dtype(device, "nvfp4", torch.bfloat16) is not None
     note = " (of emulation: FP4 hardware is another matter)" if emulated else ""
-    print(f"{capability}\n\ncost on this machine{note}")
-    if layer:
+    print(f"{nvfp4.capability(device)}\n\ncost on this machine{note}")
+    if argv:
         high = SHORT[dtype]
         print(f"one layer, forward + backward, {sizes.length} tokens; speedup: time in {high} / time in FP4; "
               f"+- standard deviation\nover {REPETITIONS} repetitions of {ITERATIONS} steps; -: does not fit "
               "into memory\n")
         print(f"  {'width':>6s}  {'model':5s}  {'recipe':6s}  {high + ', ms':>16s}  {'FP4, ms':>16s}  "
               f"{'speedup':>12s}")
-    for row in rows:
-        (print_layer_row if layer else print_row)(row)
+    for row in layer_rows(device, dtype, sizes) if argv else benchmark(device, sizes):
+        (print_layer_row if argv else print_row)(row)
 
 
 if __name__ == "__main__":

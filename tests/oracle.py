@@ -201,8 +201,8 @@ def four_over_six(x, block=(1, 16), stochastic=False, key=0, amax=None, target=6
 
 def grid_interval(a):
     """(left end, width) of the E2M1 interval that holds 0 <= a <= 6; a grid point begins its interval."""
-    lo = np.clip(np.searchsorted(E2M1, a, side="right") - 1, 0, len(E2M1) - 2)
-    return E2M1[lo], E2M1[lo + 1] - E2M1[lo]
+    lo, hi = neighbours(a, E2M1)
+    return E2M1[lo], E2M1[hi] - E2M1[lo]
 
 
 def dge_derivative(a, k=5.0, clip=3.0):

@@ -22,6 +22,7 @@ from data.run import load_checkpoint, newest_checkpoint
 from data.tokens import prepare
 from nvfp4 import OPERANDS
 
+REPO = Path(__file__).resolve().parents[1]
 TWO = {"gradient_accumulation_steps": 2, "max_steps": 8}       # micro-batches, or ranks
 RUNS = {                                            # kinds of runs that must go on bit for bit
     "plain": {},
@@ -57,6 +58,10 @@ def metrics(folder, having="step"):
     """Rows of metrics.jsonl, as they stand."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if having in row]
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def contents(folder):
@@ -143,6 +148,10 @@ def status_of(work, before):
         return BUG
     finally:
         sys.stderr.flush()
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def one_line(text):

@@ -210,7 +210,7 @@ def commands(bench, n):
             argv = dice.choice(([str(bench.whole)], ["configs/ngpt_tiny.py"], []))
             argv, work = argv + senseless(dice, bench.folder, names), model.main
         else:
-            argv = dice.choice((["losses"], ["layers"], ["outliers"], [])) + [str(bench.whole)]
+            argv = dice.choice((["losses"], ["outliers"], [])) + [str(bench.whole)]
             argv, work = argv + senseless(dice, bench.folder, options) + [f"--out_dir={out}"], analyze.main
         process = Process(lambda work=work, argv=argv: work(argv), before=lambda: os.chdir(bench.folder))
         status, line = process.end(120)

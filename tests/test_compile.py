@@ -1,5 +1,4 @@
 """What a user runs: compiled blocks, loss and kernels, several threads; and a machine without a compiler."""
-import json
 import os
 import re
 import subprocess
@@ -12,13 +11,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import nvfp4
 from model import ModelConfig, build, compile_blocks
 from nvfp4 import RECIPES, FP4Linear
+from runs import REPO, metrics
 
-REPO = Path(__file__).resolve().parents[1]
 TINY = ["--arch=ngpt", "--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=32", "--batch_size=4",
         "--max_steps=4", "--sample_tokens=0", "--device=cpu"]
 
@@ -165,8 +162,7 @@ def test_compiled_run_resumes_bit_for_bit_in_a_new_process(dataset, tmp_path):
         process = python("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={folder}", *extra)
         assert ("compiling" in process.stdout) == ("--compile=False" not in extra)
         assert "does not work here" not in process.stderr
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in row.items() if key != "ms"} for row in rows]
+        return [{key: value for key, value in row.items() if key != "ms"} for row in metrics(folder)]
 
     whole = run(tmp_path / "whole")
     run(tmp_path / "parts", "--stop_at=2")

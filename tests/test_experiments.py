@@ -7,22 +7,18 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
-
-import analyze  # noqa: E402
-import train  # noqa: E402
-from assets import experiments  # noqa: E402
-from assets.experiments import Rung  # noqa: E402
-from data.run import STOPPED, Stop  # noqa: E402
-from runs import refusal_of  # noqa: E402
-from test_analyze import log_of, results  # noqa: E402
+import analyze
+import train
+from assets import experiments
+from assets.experiments import Rung
+from data.run import STOPPED, Stop
+from runs import REPO, refusal_of
+from test_analyze import log_of, results
 
 pytestmark = pytest.mark.usefixtures("eager")
 

@@ -2,20 +2,18 @@
 as we do. They are skipped without: pip install -r tests/requirements.txt. Nothing is downloaded."""
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import nvfp4  # noqa: E402
-import train  # noqa: E402
-from data.tokens import bpe_encoding, load_tokenizer, prepare, train_bpe  # noqa: E402
-from export import export, main, tokenizer_json  # noqa: E402
-from model import generate  # noqa: E402
-from runs import refusal_of  # noqa: E402
-from test_data import ENGLISH, FOREIGN  # noqa: E402
+import nvfp4
+import train
+from data.tokens import bpe_encoding, load_tokenizer, prepare, train_bpe
+from export import export, main, tokenizer_json
+from model import generate
+from runs import flags_of, refusal_of
+from test_data import ENGLISH, FOREIGN
+from test_hybrid import far
 
 MISSING = "is not there: pip install -r tests/requirements.txt"
 HYBRID = {"pattern": "ME*-M", "rope_base": 0, "mamba_n_head": 16, "mamba_head_dim": 4, "mamba_n_group": 2,
@@ -33,17 +31,11 @@ def run(tmp_path_factory):
 
     def folder(**changes):
         out_dir = tmp_path_factory.mktemp("run")
-        settings = {"out_dir": out_dir, "dataset": data, "arch": "gpt", "recipe": "nvfp4", "fp4_tail": 0,
-                    "n_layer": 1, "n_embd": 32, "n_head": 2, "n_ffn": 64, "block_size": 64, "batch_size": 4,
-                    "max_steps": 20, "learning_rate": 0.02, "eval_iters": 1, "sample_tokens": 0,
-                    "device": "cpu", "compile": False, **changes}
-        train.main([f"--{name}={value}" for name, value in settings.items()])
+        settings = {"arch": "gpt", "recipe": "nvfp4", "fp4_tail": 0, "n_ffn": 64, "block_size": 64,
+                    "batch_size": 4, "max_steps": 20, "learning_rate": 0.02, **changes}
+        train.main(flags_of(data, out_dir, **settings))
         return out_dir
     return folder
-
-
-def far(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def loaded(folder, dtype):

@@ -4,25 +4,22 @@ import copy
 import functools
 import itertools
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
-
-import model as model_file  # noqa: E402
-import nvfp4  # noqa: E402
-import oracle  # noqa: E402
-import train  # noqa: E402
-from model import (ExpertLinear, ModelConfig, MoE, build, count_parameters, flops_per_token,  # noqa: E402
+import model as model_file
+import nvfp4
+import train
+from model import (ExpertLinear, ModelConfig, MoE, build, count_parameters, flops_per_token,
                    gather, generate, ssm, ssm_chunked, unit)
-from nvfp4 import FORMATS, OPERANDS, RECIPES, FP4Config, FP4Linear, quantize  # noqa: E402
-from papers import PaperConfig  # noqa: E402
+from nvfp4 import FORMATS, OPERANDS, RECIPES, FP4Config, FP4Linear
+from papers import PaperConfig
+from runs import REPO
+from test_model import tokens
+from test_nvfp4 import PLACE, as_paper, quantized, run
 
 # every size a multiple of 16, as FP4 wants it: in_proj makes 128 z, 128 + 2 * 64 x B C and 16 dt
 SMALL = ModelConfig(pattern="ME*-", n_embd=64, n_head=4, n_kv_head=2, n_ffn=48, block_size=32, vocab_size=80,
@@ -30,7 +27,6 @@ SMALL = ModelConfig(pattern="ME*-", n_embd=64, n_head=4, n_kv_head=2, n_ffn=48, 
                     moe_n_expert=4, moe_n_active=2)
 EPS = torch.finfo(torch.float32).eps
 pytestmark = pytest.mark.usefixtures("unfused")
-PLACE = 0x1234_5678_9ABC_DEF0, 7, 0                 # seed, step, micro_batch
 both_archs = pytest.mark.parametrize("arch", ["gpt", "ngpt"])
 both_precisions = pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)],
                                           ids=str)
@@ -42,10 +38,6 @@ def make(arch="gpt", **changes):
 
 def make_mixer(letter, arch="gpt", **changes):
     return make(arch, pattern=letter, **changes).blocks[0].mixer
-
-
-def tokens(B=2, T=32):
-    return torch.randint(0, 80, (B, T))
 
 
 def far(a, b):
@@ -496,11 +488,6 @@ def test_the_model_adds_its_mixers_losses():
 
 # ---------------------------------------------------------------- experts in FP4
 
-def as_paper(cfg):
-    """The same recipe with all fields that there are."""
-    return PaperConfig(**vars(cfg))
-
-
 def fits(format):
     """Whether no two experts share a block."""
     return FORMATS[format].block <= MoE.multiple
@@ -541,16 +528,6 @@ def expert_layer(cfg, E=5, K=64, N=96, index=5):
     return layer
 
 
-def run(layer, x, dy, ends, autocast=False):
-    """y, dx, dw of one forward and backward."""
-    x = x.clone().requires_grad_()
-    layer.weight.grad = None
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = layer(x, ends)
-    y.backward(dy.to(y.dtype))
-    return y.detach(), x.grad, layer.weight.grad
-
-
 def expert_by_expert(layer, x, dy, ends, autocast=False):
     """y, dx, dw, each with sum |a||b| of its products, in float64: the sorted matrices, padding and all, and
     the weights of all experts as one, quantized once; then for each expert a product of its own parts."""
@@ -559,24 +536,16 @@ def expert_by_expert(layer, x, dy, ends, autocast=False):
     E, N, _ = w.shape
     spans = list(itertools.pairwise([0, *ends.tolist()]))
 
-    def quantized(name, t):
-        gemm_name, kind = name.split(".")
-        signs = cfg.signs_of(gemm_name, layer.keys) if gemm_name in cfg.hadamard else None
-        square, amax = kind == "w" and cfg.square_weights, {"x": cfg.input_amax, "w": cfg.weight_amax}
-        forward = gemm_name == "fprop" or square or cfg.backward_format is None
-        return quantize(t, cfg.format if forward else cfg.backward_format, square, name in cfg.stochastic,
-                        seed=oracle.stream_key(*PLACE, layer.index, OPERANDS.index(name)),
-                        amax=amax.get(kind, cfg.grad_amax), signs=signs)
-
     def operand(name, t):
         if name.split(".")[0] not in cfg.gemms:
             return t.to(dtype).double()
-        q = quantized(name, t)
+        q = quantized(layer, name, t)
         return q.decode().double() * q.s_dec.double()
     w = w.flatten(0, 1)
     x_rows, w_rows = operand("fprop.x", x), operand("fprop.w", w)
     if cfg.reuse_codes:
-        x, w = quantized("fprop.x", x).dequantize(dtype), quantized("fprop.w", w).dequantize()
+        x, w = (quantized(layer, "fprop.x", x).dequantize(dtype),
+                quantized(layer, "fprop.w", w).dequantize())
     dy_rows, w_columns = operand("dgrad.dy", dy), operand("dgrad.w", w.t())
     dy_columns, x_columns = operand("wgrad.dy", dy.t()), operand("wgrad.x", x.t())
     results = []
@@ -604,23 +573,23 @@ def test_expert_layer_is_a_layer_for_each_expert(name, autocast):
     layer = expert_layer(EXPERTS[name])
     for sizes in GROUPS:
         x, dy, ends = sorted_batch(sizes)
-        got, want = run(layer, x, dy, ends, autocast), expert_by_expert(layer, x, dy, ends, autocast)
+        got, want = run(layer, x, dy, ends, autocast=autocast), expert_by_expert(layer, x, dy, ends, autocast)
         assert agree(got, want, autocast) == [True] * 3, sizes
         assert [len(t) for t in got] == [len(x), len(x), 5] and got[2].dtype == torch.float32
         assert all((dw == 0).all() == (n == 0) for dw, n in zip(got[2], sizes, strict=True))
         assert (got[0][(x == 0).all(1)] == 0).all() and (got[1][(dy == 0).all(1)] == 0).all()
     x, dy, ends = sorted_batch(GROUPS[0])           # controls
-    got, want = run(layer, x, dy, ends, autocast), expert_by_expert(layer, x, dy, ends, autocast)
+    got, want = run(layer, x, dy, ends, autocast=autocast), expert_by_expert(layer, x, dy, ends, autocast)
     assert not any(agree([0.98 * g for g in got], want, autocast))
-    assert not any(agree(run(layer, x, dy, (ends + 32).clamp(max=len(x)), autocast), want, autocast))
+    assert not any(agree(run(layer, x, dy, (ends + 32).clamp(max=len(x)), autocast=autocast), want, autocast))
     if layer.cfg.gemms:
         nvfp4.set_step(layer, PLACE[0], PLACE[1] + 1)
         used = {name.split(".")[0] for name in layer.cfg.stochastic} & set(layer.cfg.gemms)
         fresh = set(layer.cfg.hadamard) if as_paper(layer.cfg).hadamard_signs == "fresh" else set()
-        assert [not ok for ok in agree(run(layer, x, dy, ends, autocast), want, autocast)] == [
+        assert [not ok for ok in agree(run(layer, x, dy, ends, autocast=autocast), want, autocast)] == [
             gemm in used | fresh for gemm in nvfp4.GEMMS]
         with nvfp4.high_precision(layer):
-            got = run(layer, x, dy, ends, autocast)
+            got = run(layer, x, dy, ends, autocast=autocast)
         layer.cfg = RECIPES["bf16"]
         assert agree(got, expert_by_expert(layer, x, dy, ends, autocast), autocast) == [True] * 3
 

@@ -10,23 +10,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
-
-import nvfp4  # noqa: E402
-import train  # noqa: E402
-from data.run import read_metrics  # noqa: E402
-from nvfp4 import (GEMMS, OPERANDS, RECIPES, SIGNS, Both, Decoded, Quantized, choices,  # noqa: E402
+import nvfp4
+import train
+from nvfp4 import (GEMMS, OPERANDS, RECIPES, SIGNS, Both, Decoded, Quantized, choices,
                    convert, matmul, quantize, quantize_both, quantize_both_triton)
-from papers import PaperConfig  # noqa: E402
-from test_nvfp4 import BLOCK, KINDS, SEED, gaussian, same, sample  # noqa: E402
+from papers import PaperConfig
+from runs import REPO, metrics
+from test_nvfp4 import BLOCK, KINDS, SEED, gaussian, same, sample
 
 triton = pytest.importorskip("triton", reason="no Triton on this system")
 GPU = torch.cuda.is_available()
@@ -307,15 +303,15 @@ def test_the_native_kernel_reads_swizzled_scales():
 
 
 def definition_of_codes(a, a_scales, a_s_dec, b, b_scales, b_s_dec, dtype):
-    """matmul() of codes by their definition, decoded in fp32: what the FP4 units of a GPU that is not here
-    would give. Rounded to dtype by torch."""
+    """matmul() of codes by their definition: what the FP4 units of a GPU that is not here would give."""
+    assert a_scales.dim() == b_scales.dim() == 5                                # swizzled
+    exact = nvfp4.gemm_dtype(a.device, dtype)
     a, b = Quantized(a, a_scales, a_s_dec), Quantized(b, b_scales, b_s_dec)
-    return nvfp4.gemm(a.decode(FP32), b.decode(FP32), a_s_dec * b_s_dec, FP32).to(dtype)
+    return nvfp4.gemm(a.decode(exact), b.decode(exact), a_s_dec * b_s_dec, dtype)
 
 
 def native_kernel(a, a_scales, a_s_dec, b, b_scales, b_s_dec, y, M, N, K, **options):
     """In place of the kernel of matmul_dot_scaled."""
-    assert a_scales.dim() == b_scales.dim() == 5
     y.copy_(definition_of_codes(a, a_scales, a_s_dec, b, b_scales, b_s_dec, y.dtype))
 
 
@@ -585,13 +581,10 @@ def test_a_gradient_of_gradients_is_refused(recipe):
 # ---------------------------------------------------------------- a run, as on a GPU that is not here
 
 @needs_none
-@pytest.mark.parametrize("recipe, dtype, chips, pattern, steps", (
-    ("nvfp4", "bfloat16", ("sm_90", "sm_100"), "-", 1),
-    *(pytest.param(*case, 2, marks=pytest.mark.long) for case in (
-        ("ngpt", "float32", ("sm_90", "sm_100"), "*-"), ("nvfp4", "bfloat16", ("sm_90", "sm_100"), "*-"),
-        ("ngpt", "float32", ("sm_90", "sm_100"), "ME")))))
-def test_a_run_on_a_gpu_is_the_definition_s(recipe, dtype, chips, pattern, steps, dataset, tmp_path,
-                                            monkeypatch):
+@pytest.mark.parametrize("recipe, dtype, pattern, steps", (
+    ("nvfp4", "bfloat16", "-", 1), *(pytest.param(*case, 2, marks=pytest.mark.long) for case in (
+        ("ngpt", "float32", "*-"), ("nvfp4", "bfloat16", "*-"), ("ngpt", "float32", "ME")))))
+def test_a_run_on_a_gpu_is_the_definition_s(recipe, dtype, pattern, steps, tiny, tmp_path, monkeypatch):
     """train.py from set-up to evaluation, bit for bit: by the definition; by the kernels, decoded (sm_80 to
     sm_90); by the kernels, packed, with FP4 units that follow the definition (Blackwell), though not for
     experts."""
@@ -603,31 +596,24 @@ def test_a_run_on_a_gpu_is_the_definition_s(recipe, dtype, chips, pattern, steps
             return function(*args, **kwargs)
         monkeypatch.setattr(nvfp4, name, run)
 
-    def way(a, b, y_dtype):
+    def way(a, b, dtype):
         calls["way"] += 1
-        assert a.scales.dim() == b.scales.dim() == 5                            # swizzled by the kernels
-        exact = nvfp4.gemm_dtype(a.codes.device, y_dtype)
-        return nvfp4.gemm(a.decode(exact), b.decode(exact), a.s_dec * b.s_dec, y_dtype)
+        return definition_of_codes(*a[:3], *b[:3], dtype)
 
     def rows(name, **changes):
-        settings = {"arch": "ngpt" if recipe == "ngpt" else "gpt", "recipe": recipe, "dtype": dtype,
-                    "dataset": dataset, "out_dir": tmp_path / name, "pattern": pattern, "n_embd": 32,
-                    "n_head": 2, "n_ffn": 64, "moe_n_expert": 2, "moe_n_active": 1, "mamba_n_head": 16,
-                    "mamba_head_dim": 4, "mamba_n_group": 2, "mamba_n_state": 16,
-                    "block_size": 16, "batch_size": 3, "max_steps": steps, "learning_rate": 1e-2,
-                    "eval_iters": 1, "sample_tokens": 0, "device": "cpu", "compile": False, "fp4_tail": 0,
-                    **changes}
         calls.clear()
-        train.main([f"--{key}={value}" for key, value in settings.items()])
-        return [{key: value for key, value in row.items() if key != "ms"}
-                for row in read_metrics(tmp_path / name)]
+        arch = "ngpt" if recipe == "ngpt" else "gpt"
+        train.main(tiny(tmp_path / name, arch=arch, recipe=recipe, dtype=dtype, pattern=pattern, n_ffn=64,
+                        moe_n_expert=2, moe_n_active=1, mamba_n_head=16, mamba_head_dim=4, mamba_n_group=2,
+                        mamba_n_state=16, block_size=16, batch_size=3, max_steps=steps, fp4_tail=0,
+                        **changes))
+        return [{key: value for key, value in row.items() if key != "ms"} for row in metrics(tmp_path / name)]
     want = rows("definition")
     counted("quantize_both_triton", quantize_both_triton)
     counted("gemm", nvfp4.gemm)
     monkeypatch.setattr(nvfp4, "has_kernels", lambda device: True)
     monkeypatch.setattr(nvfp4, "WAYS", {"scaled_mm": nvfp4.Way(way, 32, 16)})   # not wgrad: of 48 tokens
-    for name in chips:
-        ways = ("scaled_mm",) if name == "sm_100" else ()
+    for name, ways in (("sm_90", ()), ("sm_100", ("scaled_mm",))):
         found = nvfp4.Hardware(False, False, ways, ())
         monkeypatch.setattr(nvfp4, "hardware", lambda device, found=found: found)
         assert rows(name) == want and calls["quantize_both_triton"] > 6

@@ -7,13 +7,11 @@ import copy
 import math
 import re
 import shutil
-import sys
 import warnings
 from dataclasses import replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from itertools import combinations, product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,15 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import prune
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
-
-import nvfp4  # noqa: E402
-import oracle  # noqa: E402
-import papers  # noqa: E402
-from nvfp4 import (E2M1_VALUES, FORMATS, GEMMS, OPERANDS, RECIPES, SIGNS, FP4Config, FP4Linear,  # noqa: E402
+import nvfp4
+import oracle
+import papers
+from nvfp4 import (E2M1_VALUES, FORMATS, GEMMS, OPERANDS, RECIPES, SIGNS, FP4Config, FP4Linear,
                    Quantized, choices, convert, e2m1, hadamard, matmul, quantize, quantize_both)
-from papers import PaperConfig, dge_slope, e5m2, split_outliers, tensor_core_sum  # noqa: E402
+from papers import PaperConfig, dge_slope, e5m2, split_outliers, tensor_core_sum
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BLOCK = FORMATS["nvfp4"].block
@@ -540,12 +535,12 @@ def batch(*M):
     return F.normalize(gaussian(*M, 64, seed=1), dim=-1), gaussian(*M, 96, seed=2)
 
 
-def run(layer, x, dy, autocast=False):
-    """y, dx, dw of one forward and backward."""
+def run(layer, x, dy, *ends, autocast=False):
+    """y, dx, dw of one forward and backward; ends: of the rows of experts."""
     x = x.clone().requires_grad_()
     layer.weight.grad = None
     with torch.autocast("cpu", BF16, enabled=autocast):
-        y = layer(x)
+        y = layer(x, *ends)
     y.backward(dy.to(y.dtype))
     return y.detach(), x.grad, layer.weight.grad
 
@@ -559,29 +554,32 @@ def all_same(got, want):
     return all(alike_by_gemm(got, want))
 
 
+def quantized(layer, name, t):
+    """One of OPERANDS as its recipe has it: t, with rows along the summed axis, rotated and quantized."""
+    cfg, (gemm_name, kind) = as_paper(layer.cfg), name.split(".")
+    if gemm_name in cfg.hadamard:
+        fresh = cfg.hadamard_signs == "fresh"
+        t = hadamard(t, signs_of("fresh", cfg.hadamard_size, gemm_name, layer.keys) if fresh
+                     else ROTATIONS[f"{cfg.hadamard_signs}, {cfg.hadamard_size}"])
+    square = kind == "w" and cfg.square_weights
+    forward = gemm_name == "fprop" or square or cfg.backward_format is None
+    return quantize(t, cfg.format if forward else cfg.backward_format, square, name in cfg.stochastic,
+                    seed=oracle.stream_key(*PLACE, layer.index, OPERANDS.index(name)),
+                    amax={"x": cfg.input_amax, "w": cfg.weight_amax, "dy": cfg.grad_amax}[kind])
+
+
 def by_definition(layer, x, dy, autocast=False):
     """y, dx, dw written out: pad tokens and output channels, rotate, quantize rows along the summed axis,
     multiply."""
     cfg, w, dtype = as_paper(layer.cfg), layer.weight.detach(), BF16 if autocast else FP32
-    (N, _), M, backward = w.shape, len(x), cfg.backward_format or cfg.format
-    blocks = FORMATS[cfg.format].block, FORMATS[backward].block
+    (N, _), M = w.shape, len(x)
+    blocks = FORMATS[cfg.format].block, FORMATS[cfg.backward_format or cfg.format].block
     tokens = -M % max(blocks[1], cfg.hadamard_size if "wgrad" in cfg.hadamard else 1)
     channels = -N % max(*blocks, cfg.hadamard_size if "dgrad" in cfg.hadamard else 1)
     x, dy, w = (F.pad(t, shape) for t, shape in (
         (x.to(dtype), (0, 0, 0, tokens)), (dy.to(dtype), (0, channels, 0, tokens)), (w, (0, 0, 0, channels))))
 
-    def operand(name, t):
-        gemm_name, kind = name.split(".")
-        fresh = cfg.hadamard_signs == "fresh"
-        signs = (signs_of("fresh", cfg.hadamard_size, gemm_name, layer.keys) if fresh
-                 else ROTATIONS[f"{cfg.hadamard_signs}, {cfg.hadamard_size}"])
-        forward = gemm_name == "fprop" or (kind == "w" and cfg.square_weights)
-        return quantize(hadamard(t, signs) if gemm_name in cfg.hadamard else t,
-                        cfg.format if forward else backward,
-                        square=kind == "w" and cfg.square_weights, stochastic=name in cfg.stochastic,
-                        seed=oracle.stream_key(*PLACE, layer.index, OPERANDS.index(name)),
-                        amax={"x": cfg.input_amax, "w": cfg.weight_amax, "dy": cfg.grad_amax}[kind])
-
+    operand = partial(quantized, layer)
     outliers, master = torch.zeros_like(x), w
     quantizes = "fprop" in cfg.gemms
     if cfg.occ is not None and quantizes:
@@ -619,7 +617,7 @@ def relative_errors(got, x, dy, autocast=False):
 def test_layer_is_its_definition(name, shape, autocast):
     """y, dx and dw bit for bit; 37 tokens count as 48 of which 11 are zero."""
     layer, (x, dy) = make_layer(CONFIGS[name]), batch(*shape)
-    got = run(layer, x, dy, autocast)
+    got = run(layer, x, dy, autocast=autocast)
     x, dy = x.flatten(0, -2), dy.flatten(0, -2)
     want = by_definition(layer, x, dy, autocast)
     assert all_same([g.view_as(w) for g, w in zip(got, want, strict=True)], want)
@@ -642,13 +640,13 @@ def test_quartet2_is_its_definition(autocast):
     two operands, quantized twice, bring noise of at most sqrt(2 * (9.0e-3 + 9.4e-3)) = 0.19."""
     layer = make_layer(RECIPES["quartet2"], N=256, K=128)
     x, dy = gaussian(200, 128), gaussian(200, 256, seed=1)
-    got = run(layer, x, dy, autocast)
+    got = run(layer, x, dy, autocast=autocast)
     assert all_same(got, by_definition(layer, x, dy, autocast))
     plain = by_definition(make_layer(RECIPES["bf16"], N=256, K=128), x, dy, autocast)
     for g, e, most in zip(got, plain, (0.14, 0.19, 0.19), strict=True):
         assert 0.08 < float((g.float() - e.float()).norm() / e.float().norm()) < most
     nvfp4.set_step(layer, SEED, 8)                  # the forward is not random
-    assert alike_by_gemm(run(layer, x, dy, autocast), got) == [True, False, False]
+    assert alike_by_gemm(run(layer, x, dy, autocast=autocast), got) == [True, False, False]
 
 
 @pytest.mark.parametrize("change, differs", (
@@ -696,21 +694,21 @@ def test_recipe_off_is_f_linear(autocast):
     x, dy = batch(2, 32)
     plain, layer, lines = torch.nn.Linear(64, 96, bias=False), make_layer(RECIPES["nvfp4"]), []
     plain.weight.data.copy_(layer.weight.data)
-    want = run(plain, x, dy, autocast)
+    want = run(plain, x, dy, autocast=autocast)
     for recipe in RECIPES.values():
-        assert all_same(run(make_layer(replace(recipe, gemms=())), x, dy, autocast), want), recipe
-    assert not any(alike_by_gemm(run(layer, x, dy, autocast), want))
+        assert all_same(run(make_layer(replace(recipe, gemms=())), x, dy, autocast=autocast), want), recipe
+    assert not any(alike_by_gemm(run(layer, x, dy, autocast=autocast), want))
     with pytest.raises(KeyError), nvfp4.high_precision(layer):
         with nvfp4.high_precision(layer, ("fprop",)):                           # entered twice
-            assert all_same(run(layer, x, dy, autocast), want)
-        assert all_same(run(layer, x, dy, autocast), want)
+            assert all_same(run(layer, x, dy, autocast=autocast), want)
+        assert all_same(run(layer, x, dy, autocast=autocast), want)
         raise KeyError                              # after an evaluation that fails, FP4 is on again
-    before = run(layer, x, dy, autocast)
+    before = run(layer, x, dy, autocast=autocast)
     assert layer.cfg is RECIPES["nvfp4"] and not any(alike_by_gemm(before, want))
     assert convert(torch.nn.Sequential(plain), RECIPES["bf16"], lines.append)[0] is plain
     assert lines == ["converted 0/1 linears: no GEMM is set to run in FP4"]
     layer.bias = torch.nn.Parameter(gaussian(96))   # a bias is added to the GEMM's result
-    assert same(run(layer, x, dy, autocast)[0], before[0] + layer.bias.detach().to(before[0].dtype))
+    assert same(run(layer, x, dy, autocast=autocast)[0], before[0] + layer.bias.detach().to(before[0].dtype))
 
 
 FP8 = PaperConfig(gemms=("fprop",), e5m2=("dgrad",))
@@ -1294,7 +1292,6 @@ def test_values_are_the_oracle_s(name, kind):
             assert not same(wrong.dequantize(), want)
 
 
-
 MXFP4 = {"mxfp4": "RCEIL", "mxfp4_floor": "FLOOR"}  # what torchao calls its way to a scale
 
 
@@ -1668,8 +1665,6 @@ def test_occ_restores_the_outliers_product():
     both = [snr(occ, True) for occ in (0.999, 0.99, 0.97)]
     assert far < none < clamp < both[0] < both[1] < both[2], (none, clamp, far, both)
 
-
-# ---------------------------------------------------------------- a uniform grid: UFP4
 
 # ---------------------------------------------------------------- three levels of scales: HiF4
 

@@ -14,25 +14,21 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import distribute_tensor
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-
-import nvfp4  # noqa: E402
-import train  # noqa: E402
-from data.run import UserError, load_checkpoint, newest_checkpoint  # noqa: E402
-from model import load_model, outline  # noqa: E402
-from nvfp4 import RECIPES, FP4Config  # noqa: E402
-from papers import PaperConfig  # noqa: E402
-from ranks import for_parts  # noqa: E402
-from runs import RUNS, TWO, contents, differences, each_step, metrics, one_line, ranks, wait_for  # noqa: E402
-from train import load_config  # noqa: E402
+import nvfp4
+import train
+from data.run import UserError, load_checkpoint, newest_checkpoint
+from model import load_model, outline
+from nvfp4 import RECIPES, FP4Config
+from papers import PaperConfig
+from ranks import for_parts
+from runs import REPO, RUNS, TWO, contents, differences, each_step, metrics, one_line, ranks, wait_for
+from train import load_config
 
 pytestmark = pytest.mark.usefixtures("eager")
 KINDS = [kind for kind in RUNS if kind != "plain"]  # of two micro-batches, or ranks

@@ -1,14 +1,10 @@
 """tests/stress.py: a few of each kind here, all of it where it is asked for (-m long)."""
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import nvfp4  # noqa: E402
-import stress  # noqa: E402
+import nvfp4
+import stress
 
 
 @pytest.mark.parametrize("how", ["short", pytest.param("long", marks=pytest.mark.long)])

@@ -14,7 +14,6 @@ import re
 import resource
 import shutil
 import signal
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -27,19 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-
-import graphs as graphs_file  # noqa: E402
-import nvfp4  # noqa: E402
-import train  # noqa: E402
-from data.run import UserError, load_checkpoint  # noqa: E402
-from data.tokens import batch_at, load_data, prepare, read_tokens, val_starts, write_tokens  # noqa: E402
-from model import ModelConfig, build, flops_per_token, load_model, outline, rank_bytes  # noqa: E402
-from ranks import tensors_of  # noqa: E402
-from runs import (BUG, RUNS, Process, contents, differences, each_step, metrics, one_line,  # noqa: E402
-                  ranks, refusal_of, wait_for)
-from train import load_config, load_run, make_config, unflatten  # noqa: E402
+import graphs as graphs_file
+import nvfp4
+import train
+from data.run import UserError, load_checkpoint
+from data.tokens import batch_at, load_data, prepare, read_tokens, val_starts, write_tokens
+from model import ModelConfig, build, flops_per_token, load_model, outline, rank_bytes
+from ranks import tensors_of
+from runs import (BUG, RUNS, Process, contents, die, differences, each_step, files_of, metrics,
+                  one_line, ranks, refusal_of, wait_for)
+from train import load_config, load_run, make_config, unflatten
 
 CAN_COMPILE = nvfp4.can_compile                     # that of the module, which eager() replaces
 pytestmark = pytest.mark.usefixtures("eager")
@@ -74,16 +70,8 @@ def hook(monkeypatch):
     return each_step
 
 
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def saved_step(folder):
     return load_checkpoint(folder / "ckpt.pt")["step"]
-
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 # ---------------------------------------------------------------- CUDA graphs
@@ -945,7 +933,7 @@ def test_an_out_dir_that_cannot_be_is_one_line(tiny, tmp_path, monkeypatch, out_
 ROWS = {                                            # damage of metrics.jsonl, the line of it, what is said
     "no JSON": (lambda rows: [*rows[:2], "{]", *rows[3:]], 3, "no JSON object"),
     "nested": (lambda rows: [*rows[:1], "[" * 10**5, *rows[2:]], 2, "no JSON object"),
-    "NaN": (lambda rows: [rows[0].replace("5.", "NaN, \"x\": 5.", 1), *rows[1:]], 1, "no JSON object"),
+    "NaN": (lambda rows: [rows[0].replace("5.", "NaN, \"x\": 5.", 1), *rows[1:]], 1, "not the numbers"),
     "infinite": (lambda rows: [*rows[:1], '{"step": 0, "loss": 1e999}', *rows[2:]], 2, "not the numbers"),
     "text": (lambda rows: [*rows[:1], '{"step": "0", "loss": 1}', *rows[2:]], 2, "not the numbers"),
     "no step": (lambda rows: [*rows[:1], '{"loss": 1}', *rows[2:]], 2, "not the numbers"),

@@ -1,27 +1,24 @@
 """Our mixers and hybrids against implementations not ours: those of transformers, in plain PyTorch, with our
 weights copied over. Skipped without it: pip install -r tests/requirements.txt. Nothing is downloaded."""
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from model import ModelConfig, build, generate  # noqa: E402
+from export import TYPES, matrices_of, names
+from model import ModelConfig, MoE, build, generate
+from test_hybrid import far, scramble, weighted
 
 pytest.importorskip("transformers", reason="transformers is not there: pip install -r tests/requirements.txt")
-from transformers import Mamba2Config, NemotronHConfig, NemotronHForCausalLM  # noqa: E402
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer  # noqa: E402
-from transformers.models.nemotron_h.modeling_nemotron_h import MIXER_TYPES  # noqa: E402
+from transformers import Mamba2Config, NemotronHConfig, NemotronHForCausalLM
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from transformers.models.nemotron_h.modeling_nemotron_h import MIXER_TYPES
 
 SMALL = ModelConfig(arch="gpt", n_embd=64, n_head=4, n_kv_head=2, head_dim=24, n_ffn=48, block_size=64,
                     vocab_size=80, rope_base=0.0, init_std=0.2, mamba_n_head=16, mamba_head_dim=8,
                     mamba_n_group=4, mamba_n_state=12, mamba_chunk=8, moe_n_expert=6, moe_n_active=2,
                     moe_aux_loss=0.0)
-TYPES = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 # Nemotron-H as transformers has it bounds time steps from below by time_step_min; the papers' models have no
 # bound, and neither have we. Its MoE has no balance loss.
 NEMOTRON = dict(
@@ -30,56 +27,27 @@ NEMOTRON = dict(
     ssm_state_size=12, conv_kernel=4, chunk_size=8, time_step_min=1e-12, n_routed_experts=6,
     num_experts_per_tok=2, moe_intermediate_size=48, moe_shared_expert_intermediate_size=96,
     routed_scaling_factor=2.5, layer_norm_epsilon=1e-5, eos_token_id=None, use_cache=True)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                        # more are slower on tensors as tiny as these
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("unfused")
 
 
 def make(pattern, **changes):
     """Our model with every parameter at random, those that begin at a round number too."""
     model = build(replace(SMALL, pattern=pattern, **changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 1:
-                p += 0.3 * torch.randn_like(p)
-        for block in model.blocks:
-            for bias in block.mixer.buffers():
-                bias.normal_(std=0.2)
-            if hasattr(block.mixer, "load"):
-                block.mixer.load.zero_()
+    scramble(model)
+    for block in model.blocks:
+        if isinstance(block.mixer, MoE):
+            block.mixer.bias.normal_(std=0.2)
     return model
 
 
-def their_names(letter, ours):
-    """{their name: tensor} of a mixer's {our name: tensor}: of its parameters, or of their gradients."""
-    if letter == "M":
-        renamed = {"conv1d.weight": ours["conv"].t()[:, None], "conv1d.bias": ours["conv_bias"],
-                   "norm.weight": ours["norm"]}
-        return renamed | {name: ours[name] for name in
-                          ("in_proj.weight", "out_proj.weight", "dt_bias", "A_log", "D")}
-    if letter == "*":
-        q, k, v = ours["qkv.weight"].split([4 * 24, 2 * 24, 2 * 24])
-        return {"q_proj.weight": q, "k_proj.weight": k, "v_proj.weight": v,
-                "o_proj.weight": ours["out.weight"]}
-    if letter == "-":
-        return {"up_proj.weight": ours["fc1.weight"], "down_proj.weight": ours["fc2.weight"]}
-    return {"gate.weight": ours["router.weight"],
-            "experts.up_proj": ours["experts.fc1.weight"], "experts.down_proj": ours["experts.fc2.weight"],
-            "shared_experts.up_proj.weight": ours["shared.fc1.weight"],
-            "shared_experts.down_proj.weight": ours["shared.fc2.weight"]}
+def renamed(names, ours):
+    """{their name: tensor} of {our name: tensor}, of parameters or of gradients, by export.py's names."""
+    found = {theirs: ours[name][rows] for theirs, name, rows in names if name in ours}
+    return {name: t.t()[:, None] if name.endswith("conv1d.weight") else t for name, t in found.items()}
 
 
 def copy_over(mixer, letter, theirs):
-    weights = their_names(letter, dict(mixer.named_parameters()))
-    if letter == "E":
-        weights["gate.e_score_correction_bias"] = mixer.bias
-    theirs.load_state_dict(weights)                 # strict: all their weights are ours
+    theirs.load_state_dict(renamed(matrices_of(letter, mixer), mixer.state_dict()))     # strict: all are ours
     return theirs
 
 
@@ -95,18 +63,12 @@ def mamba2_mixer():
     return Mamba2Mixer(config, layer_idx=0)
 
 
-def far(a, b):
-    """Largest distance of a from b, relative to the largest of b."""
-    return float((a.detach() - b.detach()).abs().max() / b.detach().abs().max())
-
-
 def with_gradients(f, x, parameters):
     """y and the gradients of x and of named parameters, for a fixed gradient of y."""
     x = x.clone().requires_grad_()
     y = f(x)
     y = y[0] if isinstance(y, tuple) else y
-    weights = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
-    found = torch.autograd.grad((y * weights).sum(), [x, *parameters.values()])
+    found = torch.autograd.grad(weighted(y), [x, *parameters.values()])
     return y.detach(), found[0], dict(zip(parameters, found[1:], strict=True))
 
 
@@ -114,7 +76,7 @@ def distances(mixer, letter, theirs, x):
     """{what: distance} of outputs and all gradients."""
     y, dx, dw = with_gradients(mixer, x, dict(mixer.named_parameters()))
     their_y, their_dx, their_dw = with_gradients(theirs, x, dict(theirs.named_parameters()))
-    dw = their_names(letter, dw)
+    dw = renamed(matrices_of(letter, mixer), dw)
     assert set(dw) == set(their_dw)
     return {"y": far(y, their_y), "dx": far(dx, their_dx),
             **{name: far(dw[name], their_dw[name]) for name in dw}}
@@ -156,25 +118,12 @@ def nemotron(model):
     """NemotronHForCausalLM with a GPT's weights."""
     pattern = model.config.pattern
     theirs = NemotronHForCausalLM(NemotronHConfig(layers_block_type=[TYPES[s] for s in pattern], **NEMOTRON))
-    with torch.no_grad():
-        theirs.model.embeddings.weight.copy_(model.embed.weight)
-        theirs.model.norm_f.weight.copy_(model.norm.weight)
-        theirs.lm_head.weight.copy_(model.head.weight)
-        for block, layer, letter in zip(model.blocks, theirs.model.layers, pattern, strict=True):
-            layer.norm.weight.copy_(block.norm.weight)
-            copy_over(block.mixer, letter, layer.mixer)
+    theirs.load_state_dict(renamed(names_of(model), model.state_dict()))
     return theirs
 
 
-def their_gradients(theirs, model):
-    """{their name: gradient} of both models, ours renamed."""
-    ours = {"model.embeddings.weight": model.embed.weight.grad, "model.norm_f.weight": model.norm.weight.grad,
-            "lm_head.weight": model.head.weight.grad}
-    for i, (block, letter) in enumerate(zip(model.blocks, model.config.pattern, strict=True)):
-        grads = their_names(letter, {name: p.grad for name, p in block.mixer.named_parameters()})
-        ours |= {f"model.layers.{i}.mixer.{name}": grad for name, grad in grads.items()}
-        ours[f"model.layers.{i}.norm.weight"] = block.norm.weight.grad
-    return ours, {name: p.grad for name, p in theirs.named_parameters()}
+def names_of(model):
+    return [(theirs, *ours) for theirs, ours in names(model).items()]
 
 
 @pytest.mark.parametrize("pattern", ["ME*-", "MEME*EM", "M-M*-"])
@@ -186,7 +135,8 @@ def test_a_hybrid_is_theirs(pattern):
     logits = theirs(idx[:, :-1], use_cache=False).logits
     assert far(model(idx[:, :-1]), logits) < 1e-4
     F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()).backward()
-    ours, others = their_gradients(theirs, model)
+    ours = renamed(names_of(model), {name: p.grad for name, p in model.named_parameters()})
+    others = {name: p.grad for name, p in theirs.named_parameters()}
     assert set(ours) == set(others)
     found = {name: far(ours[name], others[name]) for name in ours}
     assert max(found.values()) < 1e-4, found
