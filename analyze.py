@@ -223,6 +223,7 @@ def saturated(t, how):
     if how is None or how["amax"] is None or FORMATS[how["format"]].top is None:
         return 0.0
     height, width = FORMATS[how["format"]].shape_of(how["square"])
+    t = fill_up(t, rows=-len(t) % height)           # as the weight was, for quantize()
     blocks = t.unflatten(1, (-1, width)).unflatten(0, (-1, height))
     return float((blocks.abs().amax((1, 3)) > how["amax"]).double().mean())
 
@@ -491,7 +492,7 @@ def read_runs(folders):
             raise UserError(f"{a['run']} and {b['run']} are of one kind and seed; give one of them")
         recipe = () if a["kind"]["recipe"] == b["kind"]["recipe"] else ("recipe", "fp4_")
         differ = [k for k, v in a["config"].items() if b["config"].get(k) != v
-                  and k not in (*train.WATCHING, "seed") and not k.startswith(recipe)]
+                  and k not in (*train.WATCHING, *train.MACHINE, "seed") and not k.startswith(recipe)]
         if differ and all(a["kind"][k] == b["kind"][k] for k in ("arch", "width")):
             raise UserError(f"{a['run']} and {b['run']} differ in {differ[0]}; analyse them one at a "
                             "time, or give the second choice a recipe of its own")
@@ -503,8 +504,10 @@ def open_run(folder):
     model, _, c = train.load_run(folder)
     device, _ = train.choose_device(replace(c, device="auto"))
     model.activation_checkpointing = c.activation_checkpointing
-    recipe = c.recipe if "fprop" in c.fp4.gemms else OWN_RECIPE[c.model.arch]
-    cfg = c.fp4 if recipe == c.recipe else RECIPES[recipe]
+    recipe, cfg = c.recipe, c.fp4
+    if "fprop" not in cfg.gemms:                    # also where the run has the own recipe, with a change
+        recipe = OWN_RECIPE[c.model.arch]
+        cfg = RECIPES[recipe]
     nvfp4.convert(model.to(device), cfg, report=lambda line: None)
     if not nvfp4.fp4_layers(model):
         raise UserError(f"{folder}: {recipe} must quantize a layer; give a run that has some in FP4")
@@ -697,11 +700,12 @@ def losses(folders, o):
         if not all(run["steps"] and run["evaluations"] for run in (r, twin)):
             raise UserError(f"{r['run']}: its metrics.jsonl and its twin's must hold steps and evaluations")
         bf16, last = twin["evaluations"][-1]["val_loss"], r["evaluations"][-1]
+        in_fp4 = last.get("val_loss_fp4", math.nan)             # of a run without a layer in FP4
         window = len(r["steps"]) // 15 or 1
         error = relative_error(*([row["loss"] for row in run["steps"]] for run in (r, twin)), window)
         finals.append(r["kind"] | {
-            "bf16": bf16, "fp4": last["val_loss"], "in_fp4": last["val_loss_fp4"],
-            "error": last["val_loss"] / bf16 - 1, "error_in_fp4": last["val_loss_fp4"] / bf16 - 1})
+            "bf16": bf16, "fp4": last["val_loss"], "in_fp4": in_fp4,
+            "error": last["val_loss"] / bf16 - 1, "error_in_fp4": in_fp4 / bf16 - 1})
         points += [r["kind"] | {"tokens": row["tokens"] / 1e6, "percent": 100 * e}
                    for row, e in zip(r["steps"][window - 1:], error.tolist(), strict=True)]
     if not finals:

@@ -212,6 +212,8 @@ def export(run, folder, packed=False):
     with naming(folder):
         folder.mkdir(parents=True)
     write_whole({folder / name: lambda file, data=data: file.write(data) for name, data in files.items()})
+    if c.model.document_start is not None:
+        said[-1] += "; there a token sees the documents before its own, which the run hid"
     return f"{config['architectures'][0]}, {said[-1]}, in {folder}"
 
 

@@ -669,7 +669,7 @@ def wgrad(dy, x, dtype, ends=None):
 
 # Linear layers that stay in high precision in every recipe: output heads and routers, by the names that most
 # models give them, as globs. fp4_skip adds others.
-HIGH_PRECISION = "head", "lm_head", "*.lm_head", "*router*", "gate", "*.gate"
+HIGH_PRECISION = "head", "*.head", "lm_head", "*.lm_head", "*router*", "gate", "*.gate"
 
 
 @dataclass(frozen=True)
@@ -1917,7 +1917,7 @@ def walk(numbers):
         odds = f"{outcomes[0]:g}" + (f", or {outcomes[-1]:g} in {ups} of 256" if ups else "")
         lines.append(f"{number:13.7g} {scaled:18.7g} {code >> 3:2b} {code >> 1 & 3:02b} {code & 1:b} "
                      f"{number_of:6g} {float(y[0, i]):13.7g} {float(y[0, i] - x[0, i]):10.2e}   {odds}")
-    noise, signal = (float(t.square().sum()) for t in (y - x, x))
+    noise, signal = (float(t.double().square().sum()) for t in (y - x, x))     # squares leave fp32's range
     snr = f"SNR {10 * math.log10(signal / noise):.1f} dB" if noise > 0 else f"error {noise:g}"
     return "\n".join([*lines, "", snr])
 

@@ -454,12 +454,12 @@ def peak_flops(device):
 
 # ---------------------------------------------------------------- set up
 
-# --resume accepts other values of these fields. WATCHING fields place a run or look at it; the others change
-# the order of sums at most. The dataset may move: check_resumable() compares the origin of the data instead.
+# --resume accepts other values of these fields. WATCHING fields place a run or look at it; those of MACHINE
+# change the order of sums at most. The dataset may move: check_resumable() compares the origin of the data.
 WATCHING = ("out_dir", "resume", "stop_at", "device", "eval_interval", "eval_iters", "gradient_noise",
             "log_interval", "checkpoint_interval", "sample_tokens", "profile", "mirror")
-FREE = (*WATCHING, "init_from", "dataset", "compile", "cuda_graph", "deterministic", "parallel",
-        "activation_checkpointing")
+MACHINE = ("compile", "cuda_graph", "deterministic", "parallel", "activation_checkpointing")
+FREE = (*WATCHING, *MACHINE, "init_from", "dataset")
 
 
 def check_resumable(c, saved, origin):
@@ -582,8 +582,6 @@ def set_up(c, after, stop):
     if c.warmup_steps > c.max_steps:
         notes.append(f"warmup_steps={c.warmup_steps} shortened to max_steps={c.max_steps}")
         c = replace(c, warmup_steps=c.max_steps)
-    if c.gradient_noise and not {"dgrad", "wgrad"} & {*c.fp4.gemms, *c.fp4.e5m2}:
-        notes.append(f"gradient_noise: recipe {c.recipe} has no backward in FP4, and so there is none")
     if saved:
         check_resumable(c, saved, data.origin)
         c = replace(c, init_from=saved["config"].get("init_from"))
@@ -595,6 +593,9 @@ def set_up(c, after, stop):
         model = make_model(c, ranks, data.tokenizer, converted.append, begins=not saved)
     except ValueError as error:                     # sizes that do not fit each other, or the format's blocks
         raise UserError(str(error)) from None
+    if c.gradient_noise and not any({"dgrad", "wgrad"} & {*m.cfg.gemms, *m.cfg.e5m2}
+                                    for m in nvfp4.fp4_layers(model)):
+        notes.append("gradient_noise: no layer has its backward in FP4, and so there is none")
     optimizer = make_optimizer(model, c)
     if saved:
         ranks.restore(path, saved, model, optimizer)

@@ -329,9 +329,10 @@ def recipes(o, flags):
           "deviations over seeds")
     table(final, {"arch": "", "recipe": "", "seeds": "", "loss": ".4f", "gap": "+.4f", "error": ".4f",
                   "gap_in_fp4": "+.4f", "cost": ".2f"})
+    panels = {arch: [row for row in find(final, arch=arch) if row["recipe"] != "bf16"]
+              for arch in dict.fromkeys(rung.arch for rung in chosen)}
     write(o, "recipes", {"flags": flags, "results": final, "runs": rows}, [
-        steps(arch, [row for row in find(final, arch=arch) if row["recipe"] != "bf16"])
-        for arch in dict.fromkeys(rung.arch for rung in chosen)])
+        steps(arch, rows) for arch, rows in panels.items() if rows])
 
 
 FAR = 5                                             # times the median gap: the picture leaves it out
@@ -341,7 +342,9 @@ def steps(arch, final):
     """A panel of the ladder: the gaps of an architecture's recipes, with their standard errors."""
     far = FAR * np.median([abs(row["gap"][0]) for row in final])
     final = [row for row in final if abs(row["gap"][0]) <= far]
-    widest = max(abs(row["gap_in_fp4"][0]) + row["error"] for row in final)
+    # NaN: the error of one seed, the gap in FP4 of a run without a layer in FP4
+    widest = np.nanmax([abs(row[key][0]) + np.nan_to_num(row["error"])
+                        for row in final for key in ("gap", "gap_in_fp4")])
     places = list(range(len(final), 0, -1))
     marks = [([row[key][0] for row in final], places, look | {
         "xerr": [row[key][1] / math.sqrt(row["seeds"]) for row in final], "linestyle": ""})
@@ -517,7 +520,7 @@ def accumulation(o, flags):
         model, run = train.load_run(c.out_dir)[0], read_run(c.out_dir)
         weights[name] = torch.cat([p.detach().flatten() for p in model.matrices()])
         exact, last = weights["exact"], run["evaluations"][-1]
-        rows.append({"sums": name, "loss": last["val_loss"], "in_fp4": last["val_loss_fp4"],
+        rows.append({"sums": name, "loss": last["val_loss"], "in_fp4": last.get("val_loss_fp4", math.nan),
                      "weights": float((weights[name] - exact).norm() / exact.norm())})
     print("final validation loss, in high precision and in FP4; relative difference of the weights from "
           "those of exact sums")

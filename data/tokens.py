@@ -472,6 +472,9 @@ def prepare(train_docs, val_docs, out_dir, source, tokenizer="bpe", vocab_size=4
     raises: UserError, before anything is written
     """
     started = time.time()
+    shard = shard_path(out_dir, 0)
+    if shard.exists():
+        raise UserError(f"{out_dir}: holds another dataset, {shard.name}; choose a folder with --out")
     splits = {"train": train_docs, "val": val_docs}
     n_bytes = {split: sum(len(doc.encode()) for doc in docs) for split, docs in splits.items()}
     for split, size in n_bytes.items():

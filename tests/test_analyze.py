@@ -250,6 +250,7 @@ def test_share_of_saturated_blocks(square):
     x[20, 0] = 1.0                                  # just fits
     shares = [analyze.saturated(x, nvfp4.choices(square=square, amax=amax)) for amax in (1.0, None, 0.8)]
     assert shares == [1 / blocks, 0, 1]
+    assert analyze.saturated(x[:20], nvfp4.choices(square=square, amax=0.8)) == 1           # N is filled up
 
 
 def test_fidelity_of_clamped_outliers():
@@ -602,9 +603,18 @@ def test_wrong_input_is_one_line(out, tmp_path, wrong):
     assert WRONG[wrong] in refusal(*(words.get(word, word) for word in wrong))
 
 
+def test_a_run_without_an_fp4_forward_is_measured_by_the_own_recipe(tiny, tmp_path):
+    train.main(tiny(tmp_path, arch="gpt", n_ffn=64, max_steps=1, fp4_gemms="dgrad,wgrad", fp4_tail=0))
+    model, recipe, _ = analyze.open_run(tmp_path)
+    assert recipe == "nvfp4" and {m.cfg for m in nvfp4.fp4_layers(model)} == {RECIPES["nvfp4"]}
+
+
 def test_unfit_runs_are_one_line(tiny, out, tmp_path):
     train.main(tiny(tmp_path / "tail", arch="gpt", n_layer=2, n_ffn=64, max_steps=1, fp4_tail=1))
     assert "nvfp4 must quantize a layer" in refusal(tmp_path / "tail")
+    train.main(tiny(tmp_path / "bf16", arch="gpt", n_layer=2, n_ffn=64, max_steps=1, recipe="bf16"))
+    run("losses", tmp_path / "bf16", tmp_path / "tail", f"--out_dir={tmp_path}")
+    assert results(tmp_path, "losses")["final"][0]["error_in_fp4"][0] is None
     assert "differ in max_steps" in refusal(out / "gpt_nvfp4_1", tmp_path / "tail")
     (tmp_path / "tail" / "ckpt.pt").unlink()
     assert "no checkpoint there" in refusal(tmp_path / "tail")

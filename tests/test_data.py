@@ -675,6 +675,9 @@ def test_prepared_documents_come_back(tmp_path):
     prepare(train, val, tmp_path, "a test", tokenizer="bytes")
     ids, header = read_tokens(tmp_path / "train.bin")
     assert ids.tobytes()[::2] == "".join(train).encode() and header.bytes_per_token == 1
+    (tmp_path / "train.bin").rename(tmp_path / "train_00000.bin")
+    with pytest.raises(UserError, match="holds another dataset, train_00000.bin; choose a folder with --out"):
+        prepare(train, val, tmp_path, "a test", tokenizer="bytes")
 
 
 def test_tokenizer_learns_from_the_training_split_only(tmp_path):

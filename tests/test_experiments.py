@@ -103,6 +103,8 @@ def test_ladder(short, tmp_path, monkeypatch, capsys):
     run(*argv)
     assert trained(capsys) == (0, 4)
     found = results(tmp_path, "recipes")
+    run(*argv, "--rows=gpt/bf16")                   # nothing to compare, and no panel
+    assert trained(capsys) == (2, 0) and len(results(tmp_path, "recipes")["results"]) == 1
     bf16, fp4 = ([log_of(tmp_path / f"gpt_{name}_{seed}", "val_loss")[-1] for seed in (5, 6)]
                  for name in ("bf16", "nvfp4_no_tail"))
     row, = analyze.find(found["results"], recipe="nvfp4 no tail")
@@ -121,6 +123,15 @@ def test_ladder(short, tmp_path, monkeypatch, capsys):
         again = json.loads((tmp_path / "recipes.json").read_text())["results"]
         assert [row["gap"] for row in again] == [row["gap"] for row in found["results"]]
         (tmp_path / "gpt_bf16_6" / "ckpt.pt").write_bytes(half)                 # killed before its last save
+
+
+def test_a_panel_of_one_seed_and_of_a_run_without_fp4():
+    """One seed has no error, and a run without a layer in FP4 no gap there."""
+    rows = [{"recipe": "nvfp4", "gap": (0.1, math.nan), "gap_in_fp4": (0.2, math.nan), "error": math.nan,
+             "seeds": 1},
+            {"recipe": "all of it a tail", "gap": (0.3, math.nan), "gap_in_fp4": (math.nan, math.nan),
+             "error": math.nan, "seeds": 1}]
+    assert experiments.steps("gpt", rows)[-1]["xticks"] == [-0.3, -0.1, 0, 0.1, 0.3]    # 0.15 in one digit
 
 
 def test_one_mlp(short, tmp_path, monkeypatch):

@@ -1049,6 +1049,7 @@ def test_heads_and_routers_stay_in_high_precision_by_any_usual_name(prefix):
     """fp4_skip adds to them, and a name that fits nothing is said. gate_proj is no router."""
     parts = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64) for name in (
         "head", "lm_head", "router", "gate", "gate_proj", "q")})
+    parts["model"] = Wrapped("head", torch.nn.Linear(64, 64))
     model, said = Wrapped(prefix, parts) if prefix else parts, []
     convert(model, FP4Config(skip=("q", "nothing*")), said.append)
     assert [name for name, m in parts.items() if isinstance(m, FP4Linear)] == ["gate_proj"]
@@ -1167,6 +1168,9 @@ def test_walk_shows_what_quantize_does(capsys):
     nvfp4.main(["0.1", "-2.5", "0.7"])              # 0.24 and 1.68 in units of the scale
     odds = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[4:7]]
     assert odds == ["0, or 0.5 in 122 of 256", "4, or 6 in 255 of 256", "1.5, or 2 in 92 of 256"]
+    for number, snr in (("1e-38", "SNR 5.9 dB"), ("3e38", "SNR 143.4 dB"), ("0", "error 0")):
+        nvfp4.main([number])                        # whose squares no fp32 holds
+        assert capsys.readouterr().out.splitlines()[-1] == snr
     for wrong in (["abc"], ["1", "--json"], ["--jsn"]):
         with pytest.raises(SystemExit, match=wrong[-1]):
             nvfp4.main(wrong)
