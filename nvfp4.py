@@ -13,22 +13,21 @@ A 4-bit float (E2M1: one sign bit, two exponent bits, one mantissa bit) has sixt
 
 far too few for a tensor whose values span decades. NVFP4 gives every block of 16 values a scale of its own,
 an 8-bit float (E4M3, up to 448), and the whole tensor one fp32 scale that moves the block scales into E4M3's
-range. A code is stored as a number 0..7 and a sign; in formulas it means the grid number that it stands for,
-which e2m1() returns as value:
+range. A code, 0..7 with a sign, stands for a number of the grid:
 
-    value = code * scale * s_dec          4 bits each, 8 bits per 16, 32 bits per tensor
+    value = number * scale * s_dec        4 bits each, 8 bits per 16, 32 bits per tensor
 
 To quantize: the tensor's largest magnitude, amax, fixes the encode scale s_enc = 448 * 6 / amax, which brings
-it to the largest scale times the largest code; the decode scale s_dec = 1 / s_enc undoes that in the end. The
-block's largest magnitude fixes its scale, so that it lands on 6. Each element is rounded to the nearest code,
-or up or down at random, with probabilities that make the average right (stochastic rounding). Four numbers,
-of a tensor with amax 3:
+it to the largest scale times the grid's largest number; the decode scale s_dec = 1 / s_enc undoes that in the
+end. The block's largest magnitude fixes its scale, so that it lands on 6. Each element is rounded to the
+nearest number, or up or down at random, with probabilities that make the average right (stochastic rounding).
+Four elements, of a tensor with amax 3:
 
     s_enc = 448 * 6 / 3 = 896; the block's scale is 3 * 896 / 6 = 448, in E4M3 448; scale * s_dec = 0.5
 
     x                       0.1   -2.5      3    0.7
     x / (scale * s_dec)     0.2     -5      6    1.4
-    code                      0     -4      6    1.5    5 is halfway: 4 is code 6, 6 code 7; the even one wins
+    number                    0     -4      6    1.5    5 is halfway: 4 is code 6, 6 code 7; the even one wins
     value                     0     -2      3   0.75
 
 A matrix product sums over one axis of each operand, and blocks lie along that axis. So a matrix is cut up
@@ -49,10 +48,10 @@ differently for different products. With tokens as rows and channels as columns:
 There is one convention: blocks lie along the last axis, the one that is summed. A product that sums over rows
 is given the transpose.
 
-A product multiplies codes and adds them up. A code has two significant bits and a scale four, so code * scale
-has at most six and is exact in bf16. Therefore a bf16 GEMM on code * scale, times the two tensor scales at
-the end, *is* the FP4 GEMM up to the order of accumulation. That sentence is how this file trains in FP4 on
-machines without FP4 units. It measures the arithmetic of FP4 there, not its speed.
+A product multiplies numbers and adds them up. A number has two significant bits and a scale four, so
+number * scale has at most six and is exact in bf16. Therefore a bf16 GEMM on number * scale, times the two
+tensor scales at the end, *is* the FP4 GEMM up to the order of accumulation. That sentence is how this file
+trains in FP4 on machines without FP4 units. It measures the arithmetic of FP4 there, not its speed.
 
 Training a linear layer takes three GEMMs, fprop, dgrad and wgrad. Each of its three matrices, x, w and dy,
 takes part in two of them, once along its rows and once along its columns. Which rounding, block, rotation and
@@ -115,7 +114,7 @@ def e2m1(a, random=None):
     random  integers 0..255 of the same shape, or None: nearest. With f in [0, 1) the position of a in its
             grid interval, a goes up iff floor(256 f) + random >= 256: with probability floor(256 f) / 256
             (Blackwell's cvt.rs adds its random bits below the mantissa in the same way)
-    returns value fp32 on the grid, code fp32 in 0..7
+    returns number fp32 on the grid, code fp32 in 0..7
     source  2509.25149 appendix B
     """
     a = torch.where(a < E2M1_MAX, a, E2M1_MAX)
@@ -125,13 +124,13 @@ def e2m1(a, random=None):
         n = torch.round(a * per_unit)               # in steps; halves go to the even n: an even code
     else:
         n = torch.floor((torch.floor(a * (256 * per_unit)) + random) * (1 / 256))
-    value = n * torch.where(low, 0.5, torch.where(middle, 1.0, 2.0))
+    number = n * torch.where(low, 0.5, torch.where(middle, 1.0, 2.0))
     code = n + torch.where(low, 0.0, torch.where(middle, 2.0, 4.0))             # 2 is code 4, 4 is code 6
-    return value, code
+    return number, code
 
 
-def e2m1_value(code):
-    """What codes 0..7, fp32, stand for: the grid is the largest of three straight lines."""
+def e2m1_number(code):
+    """The numbers that codes 0..7, fp32, stand for: the grid is the largest of three straight lines."""
     return torch.maximum(torch.maximum(0.5 * code, code - 2), 2 * code - 8)
 
 
@@ -143,7 +142,7 @@ FLT_MAX = torch.finfo(torch.float32).max
 
 def tensor_scales(amax, top=E4M3_MAX, target=E2M1_MAX):
     """The tensor's encode and decode scale, fp32, so that its largest block gets scale top and its largest
-    element code target.
+    element the number target.
 
     value   s_enc = top * target / amax, at most FLT_MAX, 1 for an all-zero tensor; s_dec = 1 / s_enc; without
             a top both are 1
@@ -176,18 +175,18 @@ def e4m3_scales(blocks, s_enc, target):
 
 
 def encode_scale(scale, s_dec):
-    """What x is multiplied by to be in units of its code: 1 / (scale * s_dec). Where the scale is 0 that is
+    """What x is multiplied by to be in units of the grid: 1 / (scale * s_dec). Where the scale is 0 that is
     the largest fp32, because 0 * infinity would be NaN."""
     return torch.clamp((scale * s_dec).reciprocal(), max=FLT_MAX)
 
 
 class Grid(NamedTuple):
     """The eight magnitudes that codes 0..7 stand for."""
-    round: Callable                                 # magnitudes, random bytes -> values, codes
-    value_of: Callable                              # codes -> values
+    round: Callable                                 # magnitudes, random bytes -> numbers, codes
+    number_of: Callable                             # codes -> numbers
 
 
-E2M1 = Grid(e2m1, e2m1_value)
+E2M1 = Grid(e2m1, e2m1_number)
 
 
 @dataclass(frozen=True)
@@ -214,9 +213,9 @@ class Format:
 
     def __post_init__(self):
         codes = torch.arange(8.0)
-        value, code = self.grid.round(self.grid.value_of(codes))
-        if not torch.equal(code, codes) or not torch.equal(value, self.grid.value_of(codes)):
-            raise ValueError(f"{self.name}: round() must give back the codes that value_of() decodes")
+        number, code = self.grid.round(self.grid.number_of(codes))
+        if not torch.equal(code, codes) or not torch.equal(number, self.grid.number_of(codes)):
+            raise ValueError(f"{self.name}: round() must give back the codes that number_of() decodes")
 
     @property
     def bits(self):
@@ -333,7 +332,7 @@ def rotate(runs, signs, axis):
 # ---------------------------------------------------------------- quantize
 
 class Quantized(NamedTuple):
-    """A quantized matrix (M, K): value = code * scale * s_dec. Blocks can be read off its shapes.
+    """A quantized matrix (M, K): value = number * scale * s_dec. Blocks can be read off its shapes.
 
     codes   (M, K/2) uint8, two codes a byte, the low nibble is the even column, bit 3 of a code its sign
     scales  (M/h, K/block) in the format's dtype; h = 1, or block for square blocks. Quantized on a GPU with
@@ -351,7 +350,7 @@ class Quantized(NamedTuple):
         return self.codes.shape[0], 2 * self.codes.shape[1]
 
     def decode(self, dtype=torch.bfloat16):
-        """code * scale, (M, K) in dtype, exact in bf16."""
+        """number * scale, (M, K) in dtype, exact in bf16."""
         (M, K), codes, form = self.shape, self.codes, FORMATS[self.format]
         if kernels_run(codes.device, form):
             return decode_triton(self, dtype)
@@ -370,14 +369,14 @@ class Quantized(NamedTuple):
         return scale if height == 1 else scale.repeat_interleave(height, 0)
 
     def dequantize(self, dtype=torch.float32):
-        """code * scale * s_dec, (M, K), rounded once to fp32 and, where asked, once more to dtype."""
+        """number * scale * s_dec, (M, K), rounded once to fp32 and, where asked, once more to dtype."""
         return (self.decode().float() * self.s_dec).to(dtype)
 
 
 class Decoded(NamedTuple):
     """The same matrix with codes and scales multiplied out, for chips without FP4 units.
 
-    values  code * scale (M, K), exact in bf16
+    values  number * scale (M, K), exact in bf16
     s_dec   as in Quantized; where a GPU's kernels were given amax as a number, it is on the CPU, where we can
             read it without waiting for the GPU
     """
@@ -404,7 +403,7 @@ def round_blocks(blocks, amax, key, form, decode, turned):
     blocks  (M/h, h, K/block, block) of a matrix x (M, K), or (K/block, block, M/h, h) of one that lies turned
     amax    () fp32, or as many axes as blocks: the magnitude that fixes the tensor scale
     key     (2,) int64 of stochastic rounding, or None: to nearest
-    returns codes uint8, 0..15, or, decoded in a dtype, code * scale; shaped like blocks. The scale of each
+    returns codes uint8, 0..15, or, decoded in a dtype, number * scale; shaped like blocks. The scale of each
             block, fp32, and s_dec
     """
     x = blocks.float()
@@ -415,13 +414,13 @@ def round_blocks(blocks, amax, key, form, decode, turned):
     if key is not None:
         sizes = blocks.shape[0] * blocks.shape[1], blocks.shape[2] * blocks.shape[3]
         random = random_bytes(key, *(sizes[::-1] if turned else sizes), turned).view(blocks.shape)
-    value, code = form.grid.round(a, None if form.correct else random)
+    number, code = form.grid.round(a, None if form.correct else random)
     if form.correct:
-        scale = form.correct(a, value, scale, random)
+        scale = form.correct(a, number, scale, random)
     negative = x.view(torch.int32) < 0                                          # the sign bit, of -0.0 too
     if decode is None:
         return torch.where(negative, code + 8, code).to(torch.uint8), scale, s_dec
-    value = value * scale
+    value = number * scale
     return torch.where(negative, -value, value).to(decode), scale, s_dec
 
 
@@ -492,12 +491,12 @@ def pack(codes):
 
 
 def unpack(codes, scale, form, dtype, axis):
-    """The reverse, times the scales, with an axis of length 2 for the two codes of a byte: code * scale in
+    """The reverse, times the scales, with an axis of length 2 for the two codes of a byte: number * scale in
     dtype of codes (M, K/block, block/2) and scale (M, K/block, 1), or of both turned, (K/block, ..., M)."""
     codes, values = codes.int(), []                 # bytes would not be vectorized
     for nibble in (codes & 15, codes >> 4):
-        value = form.grid.value_of((nibble & 7).float())
-        values.append((torch.where(nibble > 7, -value, value) * scale).to(dtype))
+        number = form.grid.number_of((nibble & 7).float())
+        values.append((torch.where(nibble > 7, -number, number) * scale).to(dtype))
     return torch.stack(values, axis)
 
 
@@ -1358,7 +1357,7 @@ def _e4m3_scales_triton(amax_b, s_enc, s_dec, TARGET: tl.constexpr):
 
 @triton.jit
 def _e2m1_triton(a, random, STOCHASTIC: tl.constexpr):
-    """e2m1(): codes of magnitudes a, in bits 22 to 24 of an int32: as an fp32 that is 2^-126 of their value.
+    """e2m1(): codes of magnitudes a, in bits 22 to 24 of an int32: as an fp32 that is 2^-126 of their number.
 
     random  a byte in bits 14 to 21
 
@@ -1427,7 +1426,7 @@ def _word_ptx(v, inverse, random, FIRST: tl.constexpr, STOCHASTIC: tl.constexpr)
 
 @triton.jit
 def _decode(code):
-    """2^-126 of a code's value, exact: its three bits stand where an fp32 has its lowest exponent bits."""
+    """2^-126 of a code's number, exact: its three bits stand where an fp32 has its lowest exponent bits."""
     return (((code & 7) << 22) | ((code & 8) << 28)).to(tl.float32, bitcast=True)
 
 
@@ -1525,7 +1524,7 @@ def _quantize_kernel(x_ptr, R, C, row_ptr, row_scales_ptr, row_s_dec_ptr, row_am
 
 @triton.jit
 def _decode_kernel(codes_ptr, scales_ptr, out_ptr, R, C, HEIGHT: tl.constexpr, TILE: tl.constexpr):
-    """Quantized.decode(): code * scale, (R, C). HEIGHT: lines of a block."""
+    """Quantized.decode(): number * scale, (R, C). HEIGHT: lines of a block."""
     n, n_blocks = tl.cdiv(C, TILE), C // 16
     pid_m, pid_n = tl.program_id(0) // n, tl.program_id(0) % n
     line = pid_m * TILE + tl.arange(0, TILE)[:, None]
@@ -1907,7 +1906,7 @@ def walk(numbers):
             lines += ["", f"block {b}  amax {float(amax_b):.8g}    amax * s_enc / 6 = "
                       f"{amax_b * (s_enc / 6):.8g}    as E4M3 {float(scale):.8g} = "
                       f"{bits[0]} {bits[1:5]} {bits[5:]}",
-                      f"{'x':>13s} {'x / (scale s_dec)':>18s} {'bits':>7s} {'code':>6s} {'value':>13s} "
+                      f"{'x':>13s} {'x / (scale s_dec)':>18s} {'code':>7s} {'number':>6s} {'value':>13s} "
                       f"{'error':>10s}   at random instead"]
         scaled = float(x[0, i] * torch.clamp(1 / (scale * s_dec), max=FLT_MAX))
         code = int(q.codes[0, i // 2] >> 4 * (i % 2)) & 15

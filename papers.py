@@ -3,7 +3,7 @@
 nvfp4.py does not know this file. Importing it adds its formats to nvfp4.FORMATS and its recipes to
 nvfp4.RECIPES; a format of your own is a row like these, and takes ten to sixty lines.
 
-    format          a grid of eight magnitudes (round, value_of), and how a block finds its scale (scales)
+    format          a grid of eight magnitudes (round, number_of), and how a block finds its scale (scales)
     recipe          a row of RECIPES: FP4Config, or PaperConfig where it needs a field that is below
     layer           PaperFunction: what changes in the three GEMMs
 
@@ -62,8 +62,8 @@ def four_six_scales(blocks, s_enc, target):
     magnitude, s_dec = blocks.float().abs(), s_enc.reciprocal()
 
     def left(scale):
-        value, _ = e2m1(magnitude * encode_scale(scale, s_dec))
-        return (value.double() * scale * s_dec - magnitude).square().sum((1, 3), keepdim=True)
+        number, _ = e2m1(magnitude * encode_scale(scale, s_dec))
+        return (number.double() * scale * s_dec - magnitude).square().sum((1, 3), keepdim=True)
     six = e4m3_scales(blocks, s_enc, target)
     four = e4m3_scales(blocks, s_enc, target * 4 / 6)
     return torch.where(left(four) < left(six), four, six)
@@ -81,19 +81,19 @@ UNBIASED = E2M1_MAX * 16 / 17
 FORMATS["nvfp4_unbiased"] = replace(FORMATS["nvfp4"], name="nvfp4_unbiased", target=UNBIASED)
 
 
-def eden_scales(a, value, scale, random):
+def eden_scales(a, number, scale, random):
     """Codes are rounded to nearest, which shrinks or stretches the block. Its scale is multiplied by S, so
-    that <a, S value> = <a, a>, and rounded stochastically. Over random rotations the average is then x, with
+    that <a, S number> = <a, a>, and rounded stochastically. Over random rotations the average is then x, with
     the small error of rounding to nearest.
 
-    a, value, scale     blocks with four axes: |x| in units of the scale, rounded, and the scale
+    a, number, scale    blocks with four axes: |x| in units of the scale, rounded, and the scale
     random              bytes for each element, of which two a block are used, or None: to nearest
-    returns             scale * S in E4M3, as fp32, with S = <a, a> / <a, value>. Added up in float64, so that
-                        the order decides nothing
+    returns             scale * S in E4M3, as fp32, with S = <a, a> / <a, number>. Added up in float64, so
+                        that the order decides nothing
     source              a correction for each block as in its algorithm 1 (its code has one for each run)
     """
-    a, value = a.double(), value.double()
-    S = a.square().sum((1, 3), keepdim=True) / (a * value).sum((1, 3), keepdim=True)
+    a, number = a.double(), number.double()
+    S = a.square().sum((1, 3), keepdim=True) / (a * number).sum((1, 3), keepdim=True)
     wanted = torch.where(scale > 0, scale * S, scale).float()                   # NaN stays too
     if random is None:
         return torch.clamp(wanted, max=E4M3_MAX).to(torch.float8_e4m3fn).float()
@@ -134,12 +134,12 @@ def e1m2(a, random=None):
     return n, n
 
 
-def e1m2_value(code):
+def e1m2_number(code):
     return code
 
 
 # The text that we have of the paper does not give its blocks and scales. We take NVFP4's.
-FORMATS["ufp4"] = Format("ufp4", Grid(e1m2, e1m2_value), target=7.0)
+FORMATS["ufp4"] = Format("ufp4", Grid(e1m2, e1m2_number), target=7.0)
 
 
 # ---------------------------------------------------------------- three levels of scales: 2604.08826, HiF4
@@ -199,7 +199,7 @@ def hif4_unpack(word):
     return (first / 4 * doubled).repeat_interleave(2, 2)         # for every two values
 
 
-FORMATS["hif4"] = Format("hif4", Grid(hif4_round, e1m2_value), block=64, top=None, target=7.0,
+FORMATS["hif4"] = Format("hif4", Grid(hif4_round, e1m2_number), block=64, top=None, target=7.0,
                          scales=hif4_scales, encode_scale=hif4_encode, squares=False,
                          scale_dtype=torch.int32, pack_scale=hif4_word, unpack_scale=hif4_unpack)
 
@@ -427,7 +427,7 @@ def gradient_to_noise(model, loss):
 # ---------------------------------------------------------------- how Blackwell adds up
 
 def tensor_core_sum(a, b, bits=35, dot=16, k=64):
-    """a (M, K) @ b (N, K)^T as a tensor core adds it up: float64, of values code * scale.
+    """a (M, K) @ b (N, K)^T as a tensor core adds it up: float64, of values number * scale.
 
     An instruction takes k products and the sum so far. Its terms are exact dot products of dot values, four
     of 16 by Blackwell's instruction for FP4, and that sum. They are aligned to the largest of them: each is

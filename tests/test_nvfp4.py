@@ -104,10 +104,10 @@ def broken(q):
 
 @pytest.mark.parametrize("name, other", (("nvfp4", "ufp4"), ("ufp4", "nvfp4")))
 def test_all_sixteen_codes(name, other):
-    """Each code encodes and decodes; code * scale is exact in bf16, for sixteen codes times 127 scales."""
-    grid, (rounds, value_of) = GRIDS[name], FORMATS[name].grid
+    """Each code encodes and decodes; number * scale is exact in bf16, for sixteen codes times 127 scales."""
+    grid, (rounds, number_of) = GRIDS[name], FORMATS[name].grid
     value, code = rounds(torch.tensor(grid, dtype=FP32))
-    assert value.tolist() == value_of(code).tolist() == grid.tolist() and code.tolist() == list(range(8))
+    assert value.tolist() == number_of(code).tolist() == grid.tolist() and code.tolist() == list(range(8))
     codes = torch.tensor([[c | c + 1 << 4 for c in range(0, 16, 2)]] * 127, dtype=torch.uint8)
     scales = torch.arange(127, dtype=torch.uint8)[:, None].view(torch.float8_e4m3fn)
     q = Quantized(codes, scales, torch.tensor(1.0), name)
@@ -1189,13 +1189,13 @@ def test_the_tour_says_what_papers_add():
 def test_the_four_numbers_of_the_lesson():
     """Every number of the walk on nvfp4.py's first page is what quantize() makes of its first row."""
     page = nvfp4.__doc__
-    rows = re.findall(r"^ {4}(x|x / .*\)|code|value) {2,}((?:-?[\d.]+ +){3}-?[\d.]+)", page, re.M)
+    rows = re.findall(r"^ {4}(x|x / .*\)|number|value) {2,}((?:-?[\d.]+ +){3}-?[\d.]+)", page, re.M)
     x = torch.tensor([float(number) for number in dict(rows)["x"].split()])
     q, amax = quantize(F.pad(x, (0, 12))[None]), x.abs().max()
     s_enc, s_dec = nvfp4.tensor_scales(amax)
     scale = q.scales.float()[0, 0]
     codes = np.concatenate([oracle.E2M1, -oracle.E2M1])[oracle.unpack(q.codes.numpy())[0, :4]]
-    found = [("x", x), ("x / (scale * s_dec)", x / (scale * s_dec)), ("code", codes),
+    found = [("x", x), ("x / (scale * s_dec)", x / (scale * s_dec)), ("number", codes),
              ("value", q.dequantize()[0, :4])]
     assert [(name, numbers.split()) for name, numbers in rows] == [
         (name, [f"{float(number):g}" for number in numbers]) for name, numbers in found]
@@ -1237,7 +1237,7 @@ def test_kept_codes_are_what_would_have_been_multiplied(name, stochastic, monkey
     quantized, and so are the values of either; int4 is a scratch format with a grid of its own. Codes read on
     another grid are noticed."""
     if name == "int4":
-        scratch_format(monkeypatch, name, grid=nvfp4.Grid(papers.e1m2, papers.e1m2_value), target=7.0)
+        scratch_format(monkeypatch, name, grid=nvfp4.Grid(papers.e1m2, papers.e1m2_number), target=7.0)
 
     def columns(kind, decode):
         x, dy = sample(kind, (100, 64), seed=1), sample("gaussian", (100, 96), seed=2)
@@ -1257,11 +1257,11 @@ def test_kept_codes_are_what_would_have_been_multiplied(name, stochastic, monkey
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_format_whose_codes_stand_for_something_else_is_refused(name):
     """A grid that rounds to the values of one and decodes to those of another, or numbers codes otherwise."""
-    form, (rounds, value_of) = FORMATS[name], FORMATS[name].grid
-    replace(form, grid=nvfp4.Grid(rounds, value_of))
-    another = nvfp4.e2m1_value if value_of is papers.e1m2_value else papers.e1m2_value
-    for wrong in (another, lambda code: value_of(7 - code)):
-        with pytest.raises(ValueError, match=f"{name}: .*codes that value_of.. decodes") as error:
+    form, (rounds, number_of) = FORMATS[name], FORMATS[name].grid
+    replace(form, grid=nvfp4.Grid(rounds, number_of))
+    another = nvfp4.e2m1_number if number_of is papers.e1m2_number else papers.e1m2_number
+    for wrong in (another, lambda code: number_of(7 - code)):
+        with pytest.raises(ValueError, match=f"{name}: .*codes that number_of.. decodes") as error:
             replace(form, grid=nvfp4.Grid(rounds, wrong))
         assert "\n" not in str(error.value)
 
