@@ -103,7 +103,7 @@ except ImportError:                                 # the lesson runs on any dev
 
 # ---------------------------------------------------------------- E2M1: rounding
 
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what codes 0..7 stand for; bit 3 is the sign
+E2M1_NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # what codes 0..7 stand for; bit 3 is the sign
 E2M1_MAX = 6.0
 
 
@@ -376,7 +376,7 @@ class Quantized(NamedTuple):
 class Decoded(NamedTuple):
     """The same matrix with codes and scales multiplied out, for chips without FP4 units.
 
-    values  number * scale (M, K), exact in bf16
+    values  number * scale (M, K), exact in bf16; s_dec is not in them
     s_dec   as in Quantized; where a GPU's kernels were given amax as a number, it is on the CPU, where we can
             read it without waiting for the GPU
     """
@@ -420,8 +420,8 @@ def round_blocks(blocks, amax, key, form, decode, turned):
     negative = x.view(torch.int32) < 0                                          # the sign bit, of -0.0 too
     if decode is None:
         return torch.where(negative, code + 8, code).to(torch.uint8), scale, s_dec
-    value = number * scale
-    return torch.where(negative, -value, value).to(decode), scale, s_dec
+    scaled = number * scale
+    return torch.where(negative, -scaled, scaled).to(decode), scale, s_dec
 
 
 @torch.compiler.disable                             # compiled with its caller, it would round otherwise
@@ -523,7 +523,7 @@ def quantize_both(x, rows=None, columns=None):
     returns         Both: of x and of x^T, filled up with zeros, which add nothing to a sum
     """
     rows, columns = (how and choices(**how) for how in (rows, columns))
-    if one_for_both(rows, columns) and rows["decode"]:           # a weight is quantized once
+    if one_for_both(rows, columns) and rows["decode"]:          # a weight is quantized once
         q = quantize(x, **rows)
         return Both(q, q._replace(values=q.values.t()))
     wanted = [how for how in (rows, columns) if how]
@@ -656,7 +656,7 @@ def dgrad(dy, w, dtype, ends=None):
 
 def wgrad(dy, x, dtype, ends=None):
     """dw = dy^T x (N, K): sums over M, the tokens. The result has the master weight's dtype, fp32, because
-    micro-batches and ranks are added up; out of FP4 the GEMM rounds it to dy's first.
+    micro-batches and ranks are added up; in high precision the GEMM rounds it to dy's first.
 
     dy.columns  (N, M)   wgrad.dy   stochastic; NVIDIA: rotated
     x.columns   (K, M)   wgrad.x    nearest; NVIDIA: rotated by the same signs; nGPT: amax = 1
@@ -1060,8 +1060,8 @@ def convert(model, cfg, report=print):
                 raise ValueError(f"{name}: {error}") from None
     for linear, made in converted.items():
         linear.__class__, linear.__dict__ = type(made), vars(made)
-    gemms = ",".join(cfg.gemms) or "no GEMM"
-    line = f"converted {len(converted)}/{len(linears)} linears to {cfg.format} ({gemms})"
+    what = f"{cfg.format} ({','.join(cfg.gemms)})" if cfg.gemms else "no GEMM in FP4"
+    line = f"converted {len(converted)}/{len(linears)} linears to {what}"
     for why, names in kept.items():
         line += f"; {why}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} in high precision"
     for glob in cfg.skip:
@@ -1899,7 +1899,7 @@ def walk(numbers):
     s_enc, s_dec = (float(s) for s in tensor_scales(amax, form.top))
     lines = [f"tensor   amax {float(amax):.8g}    s_enc = {form.top:g} * 6 / amax = {s_enc:.8g}    "
              f"s_dec = 1 / s_enc = {s_dec:.8g}"]
-    for i, number in enumerate(numbers):
+    for i, given in enumerate(numbers):
         b, scale = i // form.block, q.scales[0, i // form.block].float()
         if i % form.block == 0:
             amax_b, bits = x[0, i:i + form.block].abs().amax(), f"{int(q.scales.view(torch.uint8)[0, b]):08b}"
@@ -1910,12 +1910,12 @@ def walk(numbers):
                       f"{'error':>10s}   at random instead"]
         scaled = float(x[0, i] * torch.clamp(1 / (scale * s_dec), max=FLT_MAX))
         code = int(q.codes[0, i // 2] >> 4 * (i % 2)) & 15
-        number_of = math.copysign(E2M1_VALUES[code & 7], 0.5 - (code >> 3))
+        number = math.copysign(E2M1_NUMBERS[code & 7], 0.5 - (code >> 3))
         outcomes, _ = e2m1(torch.full((256,), abs(scaled)), torch.arange(256))  # of all random bytes
         ups = int((outcomes > outcomes[0]).sum())
         odds = f"{outcomes[0]:g}" + (f", or {outcomes[-1]:g} in {ups} of 256" if ups else "")
-        lines.append(f"{number:13.7g} {scaled:18.7g} {code >> 3:2b} {code >> 1 & 3:02b} {code & 1:b} "
-                     f"{number_of:6g} {float(y[0, i]):13.7g} {float(y[0, i] - x[0, i]):10.2e}   {odds}")
+        lines.append(f"{given:13.7g} {scaled:18.7g} {code >> 3:2b} {code >> 1 & 3:02b} {code & 1:b} "
+                     f"{number:6g} {float(y[0, i]):13.7g} {float(y[0, i] - x[0, i]):10.2e}   {odds}")
     noise, signal = (float(t.double().square().sum()) for t in (y - x, x))     # squares leave fp32's range
     snr = f"SNR {10 * math.log10(signal / noise):.1f} dB" if noise > 0 else f"error {noise:g}"
     return "\n".join([*lines, "", snr])
@@ -1977,7 +1977,7 @@ def main(argv, page=__doc__):
         print(json.dumps({"capability": capability(), "formats": formats, "recipes": recipes}))
         return
     print("codes  ", "  ".join(f"{c:4d}" for c in range(8)), "   (8..15: the same, negative)")
-    print("values ", "  ".join(f"{v:4.1f}" for v in E2M1_VALUES))
+    print("numbers", "  ".join(f"{number:4.1f}" for number in E2M1_NUMBERS))
     print("\nmean square error on unit Gaussians (2048 x 4096)")
     for (name, case), error in errors.items():
         print(f"  {name:14s} {FORMATS[name].bits:.2f} bits  {case:30s} {error:.2e}   "

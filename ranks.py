@@ -71,7 +71,8 @@ class Ranks:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if self.world > 1 and not dist.is_initialized():
-            # others wait while the first one draws the weights: those of 30B take it longer than NCCL waits
+            # Others wait while the first one draws the weights: those of 30B take it longer than the ten
+            # minutes of NCCL. So a rank that hangs is noticed later; one that dies is at once.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
         if self.sharded:
             self.files = dist.new_group(backend="gloo")         # checkpoints are written while training talks

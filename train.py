@@ -306,7 +306,7 @@ def evaluate(run, step):
         loss = validation_loss(run)
     bits_per_byte = 1 / math.log(2) / run.data.header.bytes_per_token
     row = {"step": step, "val_loss": loss, "val_bpb": loss * bits_per_byte}
-    if nvfp4.fp4_layers(run.model):
+    if any(m.cfg.gemms for m in nvfp4.fp4_layers(run.model)):
         row["val_loss_fp4"] = validation_loss(run)
     if run.c.gradient_noise:                        # the first micro-batch: all ranks find the same
         batch = micro_batches(run, step)(0)

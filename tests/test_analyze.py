@@ -233,7 +233,7 @@ def test_slope_of_stochastic_rounding():
     """
     x = 6 * torch.rand(64, 1024, generator=torch.Generator().manual_seed(0))
     x[:, ::16] = 6
-    grid = torch.tensor(nvfp4.E2M1_VALUES)
+    grid = torch.tensor(nvfp4.E2M1_NUMBERS)
     low = grid[(torch.bucketize(x, grid, right=True) - 1).clamp(max=6)]
     d = grid[torch.bucketize(low, grid, right=True)] - low
     mean = (low + d * ((x - low) / d * 256).floor() / 256).double()
@@ -612,7 +612,10 @@ def test_a_run_without_an_fp4_forward_is_measured_by_the_own_recipe(tiny, tmp_pa
 def test_unfit_runs_are_one_line(tiny, out, tmp_path):
     train.main(tiny(tmp_path / "tail", arch="gpt", n_layer=2, n_ffn=64, max_steps=1, fp4_tail=1))
     assert "nvfp4 must quantize a layer" in refusal(tmp_path / "tail")
-    train.main(tiny(tmp_path / "bf16", arch="gpt", n_layer=2, n_ffn=64, max_steps=1, recipe="bf16"))
+    small = {"arch": "gpt", "n_layer": 2, "n_ffn": 64, "max_steps": 1}
+    train.main(tiny(tmp_path / "seed", **small, fp4_tail=1, seed=2, activation_checkpointing=True))
+    assert len(analyze.read_runs([tmp_path / "tail", tmp_path / "seed"])) == 2   # no other numbers by that
+    train.main(tiny(tmp_path / "bf16", **small, recipe="bf16"))
     run("losses", tmp_path / "bf16", tmp_path / "tail", f"--out_dir={tmp_path}")
     assert results(tmp_path, "losses")["final"][0]["error_in_fp4"][0] is None
     assert "differ in max_steps" in refusal(out / "gpt_nvfp4_1", tmp_path / "tail")

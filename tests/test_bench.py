@@ -119,7 +119,7 @@ def test_a_step_is_timed_and_profiled(made_up_times, capsys):
     assert head == "step of ngpt_tiny, 64 tokens, ngpt: 2.0 ms, 32,000 tokens/s"
     shares = [float(row.split()[2]) for row in rows]
     assert len(rows) == bench.LONGEST and shares == sorted(shares, reverse=True) and 50 < sum(shares) < 100.2
-    assert any("aten::addmm" in row for row in rows)
+    assert any("aten::" in row for row in rows)     # which are the longest is the machine's affair
     with pytest.raises(SystemExit, match="step takes a config"):
         bench.main(["step"])
 
@@ -190,9 +190,12 @@ def test_a_layer_that_does_not_fit_is_null(monkeypatch, capsys):
 @pytest.mark.parametrize("command", ([], ["layer"]), ids=("all", "layer"))
 def test_a_table_has_a_line_for_each_row(command, made_up_times, monkeypatch, capsys):
     rows = list(bench.layer_rows(CPU, torch.float32, TINY) if command else bench.benchmark(CPU, TINY))
+    given = {}
     for name in ("benchmark", "layer_rows"):
-        monkeypatch.setattr(bench, name, lambda *_: rows)
+        monkeypatch.setattr(bench, name, lambda *args, name=name: given.update({name: args}) or rows)
     bench.main(command)
+    dtype, sizes = torch.bfloat16 if nvfp4.cpu_has_bf16() else torch.float32, bench.SIZES["cpu"]
+    assert given == ({"layer_rows": (CPU, dtype, sizes)} if command else {"benchmark": (CPU, sizes)})
     said = capsys.readouterr().out
     assert said.startswith(nvfp4.capability(CPU)) and "emulation" in said
     for row, line in zip(rows, said.splitlines()[-len(rows):], strict=True):

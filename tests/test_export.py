@@ -93,8 +93,8 @@ def test_transformers_computes_the_same(run, tmp_path, kind, packed):
 def test_packed_codes_are_those_of_the_forward(run, tmp_path):
     """Bit for bit: each row of q, k and v as rows of our one matrix; the head is not packed."""
     load = pytest.importorskip("safetensors.torch", reason=f"safetensors {MISSING}").load_file
-    folder = run(n_kv_head=1)
-    export(folder, tmp_path / "hf", packed=True)
+    folder = run(n_kv_head=1, document_start=-1)
+    assert "a token sees the documents before its own" in export(folder, tmp_path / "hf", packed=True)
     found = load(tmp_path / "hf/model.safetensors")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     model, _, c = train.load_run(folder)

@@ -22,7 +22,7 @@ from torch.nn.utils import prune
 import nvfp4
 import oracle
 import papers
-from nvfp4 import (E2M1_VALUES, FORMATS, GEMMS, OPERANDS, RECIPES, SIGNS, FP4Config, FP4Linear,
+from nvfp4 import (E2M1_NUMBERS, FORMATS, GEMMS, OPERANDS, RECIPES, SIGNS, FP4Config, FP4Linear,
                    Quantized, choices, convert, e2m1, hadamard, matmul, quantize, quantize_both)
 from papers import PaperConfig, dge_slope, e5m2, split_outliers, tensor_core_sum
 
@@ -1053,6 +1053,7 @@ def test_heads_and_routers_stay_in_high_precision_by_any_usual_name(prefix):
     model, said = Wrapped(prefix, parts) if prefix else parts, []
     convert(model, FP4Config(skip=("q", "nothing*")), said.append)
     assert [name for name, m in parts.items() if isinstance(m, FP4Linear)] == ["gate_proj"]
+    assert not isinstance(parts["model"].head, FP4Linear)
     assert "skip: head, lm_head, router, gate ... in" in said[0] and "fp4_skip=nothing* names no" in said[0]
 
 
@@ -1163,7 +1164,7 @@ def test_walk_shows_what_quantize_does(capsys):
     for i, row in enumerate(rows):
         code = int(q.codes[0, i // 2] >> 4 * (i % 2)) & 15
         assert int("".join(row[2:5]), 2) == code and float(row[0]) == numbers[i]
-        assert float(row[5]) == E2M1_VALUES[code & 7] * (-1 if code & 8 else 1)
+        assert float(row[5]) == E2M1_NUMBERS[code & 7] * (-1 if code & 8 else 1)
         assert float(row[6]) == pytest.approx(float(q.dequantize()[0, i]), rel=1e-6)    # 7 digits are printed
     nvfp4.main(["0.1", "-2.5", "0.7"])              # 0.24 and 1.68 in units of the scale
     odds = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[4:7]]
@@ -1613,7 +1614,7 @@ def test_vector_wise_experts(fixed):
 def test_dge_slope():
     """The formula on each of the 14 intervals, in float64 from the paper alone: 1/k next to a code, clipped
     in the middle, and the slope of the curve that goes through the codes."""
-    for low, high in zip(E2M1_VALUES, E2M1_VALUES[1:], strict=False):
+    for low, high in zip(E2M1_NUMBERS, E2M1_NUMBERS[1:], strict=False):
         a = low + (torch.arange(512) / 512) * (high - low)
         w = torch.cat([a, -a, torch.full((16,), 6.0)])[None]                    # gamma = 1
         for k, clip in ((5.0, 3.0), (3.0, 3.0), (5.0, 1.5)):
