@@ -1598,15 +1598,15 @@ def quantize_both_triton(x, rows, columns, ptx=None, swizzled=False):
         padded = swizzles and (n_lines % 128 or n_blocks % 4)                   # with zeros
         scales = (x.new_zeros if padded else x.new_empty)(size, dtype=torch.uint8)
         amax = maxima.view(torch.float32)[slot] if fixed is None else fixed
-        number = not torch.is_tensor(amax)
-        amax = constant(float(amax), x.device) if number else amax
+        on_cpu = not torch.is_tensor(amax)          # a number
+        amax = constant(float(amax), x.device) if on_cpu else amax
         s_dec = x.new_empty((), dtype=torch.float32)
         if how["decode"] is None:
             out = x.new_empty((n_lines, n_blocks), dtype=torch.int64)
             q = Quantized(out.view(torch.uint8), scales.view(form.scale_dtype), s_dec, form.name)
         else:
             out = x.new_empty((block * n_blocks if turned else R, C), dtype=how["decode"])
-            known = given_s_dec(fixed, form.top, form.target) if number else s_dec
+            known = given_s_dec(fixed, form.top, form.target) if on_cpu else s_dec
             q = Decoded(out.t() if turned else out, known)
         pointers += [out, scales, s_dec, amax, as_key(how["seed"], x.device) if stochastic else x, sign]
         flags.append((height, form.target, stochastic, sign is not x, how["decode"] is not None,

@@ -261,7 +261,9 @@ def for_parts(layer, n):
     (rows, columns), shape, block = layer.weight_operands(), layer.weight.shape, layer.cfg.whole_channels
     fits = shape[0] % n == 0 and shape[:-1].numel() // n % block == 0 and layer.out_features % block == 0
     codes_do = type(layer) is nvfp4.FP4Linear and layer.cfg.until is None
-    return rows | {"decode": None} if fits and codes_do and nvfp4.one_for_both(rows, columns) else None
+    if fits and codes_do and nvfp4.one_for_both(rows, columns):
+        return rows | {"decode": None}
+    return None
 
 
 def gather_codes_of(layer, how):

@@ -589,8 +589,9 @@ def set_up(c, after, stop):
     # --- model and optimizer, new or from the checkpoint
     converted = []
     try:
-        ranks.each(check_memory, c, outline(c.model), ranks)
-        model = make_model(c, ranks, data.tokenizer, converted.append, begins=not saved)
+        model = outline(c.model)
+        ranks.each(check_memory, c, model, ranks)
+        model = make_model(c, model, ranks, data.tokenizer, converted.append, begins=not saved)
     except ValueError as error:                     # sizes that do not fit each other, or the format's blocks
         raise UserError(str(error)) from None
     if c.gradient_noise and not any({"dgrad", "wgrad"} & {*m.cfg.gemms, *m.cfg.e5m2}
@@ -618,9 +619,10 @@ def set_up(c, after, stop):
     return run
 
 
-def make_model(c, ranks, tokenizer, report, begins):
-    """The converted model on its device, or this rank's part of it; with values if the run begins."""
-    model = ranks.place(nvfp4.convert(outline(c.model), c.fp4, report))
+def make_model(c, sizes, ranks, tokenizer, report, begins):
+    """The converted model on its device, or this rank's part of it, of its outline, sizes. It has values if
+    the run begins."""
+    model = ranks.place(nvfp4.convert(sizes, c.fp4, report))
     if begins:
         torch.manual_seed(c.seed)
         ranks.fill(model, ranks.once(first_model, c.model, c.init_from, tokenizer))

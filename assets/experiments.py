@@ -332,7 +332,7 @@ def recipes(o, flags):
     panels = {arch: [row for row in find(final, arch=arch) if row["recipe"] != "bf16"]
               for arch in dict.fromkeys(rung.arch for rung in chosen)}
     write(o, "recipes", {"flags": flags, "results": final, "runs": rows}, [
-        steps(arch, rows) for arch, rows in panels.items() if rows])
+        steps(arch, mine) for arch, mine in panels.items() if mine])
 
 
 FAR = 5                                             # times the median gap: the picture leaves it out

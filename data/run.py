@@ -110,18 +110,21 @@ def sweep(folder):
         temporary.unlink(missing_ok=True)
 
 
-def json_object(text):
-    """The JSON object in bytes of UTF-8, as a dict, or None. NaN and a byte order mark may be there."""
+def json_object(text, strict=True):
+    """The JSON object in bytes, as a dict; None for all else. strict: in UTF-8 without a byte order mark, and
+    with neither NaN nor infinity, which JSON has not; not so strict with the files of others."""
+    def refuse(constant):
+        raise ValueError(constant)
     try:
-        found = json.loads(text.decode("utf-8-sig"))
+        found = json.loads(text.decode(), parse_constant=refuse) if strict else json.loads(text)
         return found if isinstance(found, dict) else None
     except (ValueError, RecursionError):            # no UTF-8, no JSON, or nested without end
         return None
 
 
-def parse_object(text, where):
+def parse_object(text, where, strict=True):
     """json_object(), which must be there. raises UserError that begins with where"""
-    found = json_object(text)
+    found = json_object(text, strict)
     if found is None:
         raise UserError(f"{where}: damaged, no JSON object")
     return found

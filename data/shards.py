@@ -201,7 +201,7 @@ def kind_of(path):
             raise UserError(f"{path}: is compressed by {name}; unpack it first")
     if head[:4] == b"PAR1":
         return "parquet"
-    kind = "nothing" if not line else "text" if json_object(line) is None else "JSON lines"
+    kind = "nothing" if not line else "text" if json_object(line, strict=False) is None else "JSON lines"
     if kind == "text" and str(path).lower().endswith((".parquet", ".jsonl")):
         raise UserError(f"{path}: damaged, its first line is no JSON object and the file no parquet")
     return kind
@@ -257,7 +257,7 @@ def json_texts(file, field, size, start, end):
         where = f"the line at byte {file.tell():,}"
         line = file.readline()
         if line.strip():
-            record = parse_object(line, where)
+            record = parse_object(line, where, strict=False)
             if field not in record:
                 raise UserError(f"{where} has no {field}, but {', '.join(record)}; give another --field")
             yield record[field]

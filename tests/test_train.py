@@ -933,7 +933,7 @@ def test_an_out_dir_that_cannot_be_is_one_line(tiny, tmp_path, monkeypatch, out_
 ROWS = {                                            # damage of metrics.jsonl, the line of it, what is said
     "no JSON": (lambda rows: [*rows[:2], "{]", *rows[3:]], 3, "no JSON object"),
     "nested": (lambda rows: [*rows[:1], "[" * 10**5, *rows[2:]], 2, "no JSON object"),
-    "NaN": (lambda rows: [rows[0].replace("5.", "NaN, \"x\": 5.", 1), *rows[1:]], 1, "not the numbers"),
+    "NaN": (lambda rows: [rows[0].replace("5.", "NaN, \"x\": 5.", 1), *rows[1:]], 1, "no JSON object"),
     "infinite": (lambda rows: [*rows[:1], '{"step": 0, "loss": 1e999}', *rows[2:]], 2, "not the numbers"),
     "text": (lambda rows: [*rows[:1], '{"step": "0", "loss": 1}', *rows[2:]], 2, "not the numbers"),
     "no step": (lambda rows: [*rows[:1], '{"loss": 1}', *rows[2:]], 2, "not the numbers"),
